@@ -1,0 +1,8 @@
+"""The ground floor: what every wing stands on."""
+
+from ._checks import NonFiniteError as NonFiniteError
+from ._measure import (
+    DistributionMeasure as DistributionMeasure,
+    Measure as Measure,
+    as_measure as as_measure,
+)

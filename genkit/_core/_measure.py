@@ -1,0 +1,95 @@
+"""Measures: things one can draw from and weigh, exactly or through an unbiased estimate of a density."""
+
+import abc
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from jaxtyping import Array, Float, Key, PyTree
+
+from ._checks import describe
+
+
+class Measure(eqx.Module):
+    r"""Something that can be sampled and weighed, for ONE example.
+
+    The contract allows densities that are only estimated: with $w$ standing for the returned `log_density`,
+
+    $$E[e^{-w} \mid \text{value}] = 1 / p(\text{value}) \quad\text{from `sample`}, \qquad
+      E[e^{w}] = p(\text{value}) \quad\text{from `log_density`}.$$
+
+    Measures with an exact density satisfy both trivially and accept `key=None`.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from genkit._core import as_measure
+        >>> measure = as_measure(dist.Normal(0.0, 1.0))
+        >>> value, log_density = measure.sample(key=jax.random.key(0))
+        >>> bool(log_density == measure.log_density(value))
+        True
+
+    Source: Lew et al., "Probabilistic Programming with Stochastic Probabilities", PLDI 2023, definition 3.1.
+    """
+
+    @abc.abstractmethod
+    def sample(self, *, key: Key[Array, ""]) -> tuple[PyTree, Float[Array, ""]]:
+        """Draw a value together with its (possibly estimated) log-density.
+
+        Args:
+            key: typed PRNG key.
+
+        Returns:
+            The value, and a scalar `w` with `E[exp(-w) | value] = 1 / p(value)`.
+        """
+
+    @abc.abstractmethod
+    def log_density(self, value: PyTree, *, key: Key[Array, ""] | None = None) -> Float[Array, ""]:
+        """The (possibly estimated) log-density of `value`.
+
+        Args:
+            value: a value of the same structure as those `sample` returns.
+            key: typed PRNG key; may be `None` where the density is exact.
+
+        Returns:
+            A scalar `w` with `E[exp(w)] = p(value)`.
+        """
+
+
+class DistributionMeasure(Measure):
+    """A numpyro distribution as a `Measure`; its batch dimensions count as event dimensions.
+
+    Args:
+        distribution: the numpyro law; an array of independent laws is one joint law.
+    """
+
+    distribution: dist.Distribution
+
+    def sample(self, *, key: Key[Array, ""]) -> tuple[PyTree, Float[Array, ""]]:
+        """Draw one value of the joint law and its exact log-density."""
+        value = self.distribution.sample(key)
+        return value, self.log_density(value)
+
+    def log_density(self, value: PyTree, *, key: Key[Array, ""] | None = None) -> Float[Array, ""]:
+        """The exact log-density, summed over the batch dimensions of the law."""
+        del key
+        return jnp.sum(self.distribution.log_prob(value))
+
+
+def as_measure(thing: Any) -> Measure:
+    """Turn `thing` into a `Measure`: a `Measure` is returned as it is, a numpyro distribution is wrapped.
+
+    Args:
+        thing: a `Measure` or a `numpyro.distributions.Distribution`.
+
+    Returns:
+        A `Measure`.
+
+    Raises:
+        TypeError: if `thing` is neither.
+    """
+    if isinstance(thing, Measure):
+        return thing
+    if isinstance(thing, dist.Distribution):
+        return DistributionMeasure(thing)
+    raise TypeError(f"`measure` must be a genkit Measure or a numpyro distribution; got {describe(thing)}.")
