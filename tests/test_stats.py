@@ -129,14 +129,14 @@ def test_sample_sizes_have_the_promised_power():
         for kind in missed:
             if kind == "mean":
                 x = normal(seed, stats.sample_size(delta, 1.0, error=error)) + delta
-                run = lambda x=x: stats.assert_mean(x, 0.0, error=error)  # noqa: E731
+                run = lambda x=x: stats.assert_mean(x, 0.0, error=error)
             elif kind == "variance":
                 x = np.sqrt(1 + delta) * normal(seed, stats.sample_size_variance(delta, error=error))
-                run = lambda x=x: stats.assert_variance(x, 1.0, error=error)  # noqa: E731
+                run = lambda x=x: stats.assert_variance(x, 1.0, error=error)
             else:
                 shift = 2 * norm.isf((1 - delta) / 2)  # two unit normals this far apart have Kolmogorov distance delta
                 x = normal(seed, stats.sample_size_distribution(delta, error=error)) + shift
-                run = lambda x=x: stats.assert_distribution(x, norm.cdf, error=error)  # noqa: E731
+                run = lambda x=x: stats.assert_distribution(x, norm.cdf, error=error)
             try:
                 run()
                 missed[kind] += 1
