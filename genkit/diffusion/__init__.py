@@ -1,0 +1,20 @@
+"""Diffusion and flow matching: schedules, denoisers, objectives, grids, samplers."""
+
+from ._convert import convert as convert
+from ._losses import DenoisingScoreMatching as DenoisingScoreMatching, FlowMatching as FlowMatching
+from ._preconditioned import Preconditioned as Preconditioned
+from ._schedule_family import (
+    EDM as EDM,
+    VE as VE,
+    VP as VP,
+    CondOT as CondOT,
+    Cosine as Cosine,
+    SubVP as SubVP,
+)
+from ._schedules import Schedule as Schedule
+from ._weights import (
+    EDMWeight as EDMWeight,
+    EpsWeight as EpsWeight,
+    MinSNRWeight as MinSNRWeight,
+    VWeight as VWeight,
+)
