@@ -2,8 +2,18 @@
 
 from ._checks import NonFiniteError as NonFiniteError
 from ._denoiser import Denoiser as Denoiser, null_like as null_like
+from ._files import CorruptFileError as CorruptFileError, SaveError as SaveError
+from ._fit import Fitted as Fitted, Interrupted as Interrupted, fit as fit
+from ._host import AbstractHost as AbstractHost
 from ._measure import (
     DistributionMeasure as DistributionMeasure,
     Measure as Measure,
     as_measure as as_measure,
+)
+from ._objective import (
+    Objective as Objective,
+    Phase as Phase,
+    Problem as Problem,
+    Recipe as Recipe,
+    model_updates as model_updates,
 )
