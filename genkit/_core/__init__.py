@@ -28,6 +28,11 @@ from ._objective import (
     Recipe as Recipe,
     model_updates as model_updates,
 )
+from ._resampling import (
+    conditional_resample as conditional_resample,
+    effective_sample_size as effective_sample_size,
+    systematic_resample as systematic_resample,
+)
 from ._sample import sample as sample
 from ._sampler import AbstractSampler as AbstractSampler, Sampler as Sampler
 from ._table import Row as Row, Table as Table

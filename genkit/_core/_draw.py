@@ -82,7 +82,7 @@ class Draw(eqx.Module):
         Args:
             table: the sampler as data.
             x: states at the first noise level `(n, *shape)`.
-            patterns: with a static plan, for each row the fixed pattern of evaluations.
+            patterns: with a static plan, for each row the fixed pattern of evaluations, `None` where it makes none.
 
         Returns:
             The draws; the counts; the reports; the states before each row and at the end `(n, rows + 1, *shape)`, or
@@ -137,8 +137,11 @@ class Draw(eqx.Module):
         """One row of the table: evaluate, update, act at the ends of steps."""
         state = before_step(self, state, row)
         ctx = self.context(row, state.y, row.sigma)
-        evaluate = lambda s: self.runner(ctx, s.guidance, pattern)
-        x0, carry, aux, tally = lax.cond(row.evaluate, evaluate, lambda s: self._blank(s, row), state)
+        evaluate, idle = lambda s: self.runner(ctx, s.guidance, pattern), lambda s: self._blank(s, row)
+        if self.runner.plan == "static":
+            x0, carry, aux, tally = (idle if pattern is None else evaluate)(state)
+        else:
+            x0, carry, aux, tally = lax.cond(row.evaluate, evaluate, idle, state)
         history = lax.dynamic_update_index_in_dim(state.history, row.p * state.y + row.q * x0, row.slot, 0)
         base = self._add_noise(row.a * state.base + _mix(row.b, history), row.c, row, 0)
         y = self._add_noise(row.d * base + _mix(row.e, history), row.c_stage, row, 1)

@@ -109,7 +109,10 @@ class Guidance(eqx.Module):
 
     @abc.abstractmethod
     def slots(self) -> tuple[Slot, ...]:
-        """The evaluations it may need; their number and names are fixed."""
+        """The evaluations it may need; their number and names are fixed.
+
+        The first is the plain prediction: what is left when the guidance is switched off.
+        """
 
     @abc.abstractmethod
     def init(self, x: Float[Array, " *shape"]) -> PyTree[Array]:

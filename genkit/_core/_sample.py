@@ -189,6 +189,10 @@ def _check_cond(cond: Any, denoiser: Any, num_samples: int, block: int) -> Array
             check(False, "cond", expected, f"{wrong.ravel()[0]}")
     if integer:
         cond = cond.astype(jnp.int32)
+    elif labels is not None and cond.ndim <= 1:
+        raise TypeError(
+            f"`cond` must hold integer labels from 0 to {labels - 1}, or -1 for none; got {describe(cond)}."
+        )
     if cond.ndim == 0:
         return jnp.broadcast_to(cond, (num_samples,))
     hint = "Give a scalar for all draws, or one entry per draw."

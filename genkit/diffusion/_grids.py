@@ -81,7 +81,7 @@ def karras(
     Example:
         >>> import genkit.diffusion as gkd
         >>> gkd.karras(3, 0.1, 10.0).round(3).tolist()
-        [10.0, 1.436, 0.1, 0.0]
+        [10.0, 1.451, 0.1, 0.0]
 
     Source: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", NeurIPS 2022,
     equation 5.

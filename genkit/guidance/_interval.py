@@ -1,8 +1,10 @@
 """Guidance within an interval of noise levels."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
@@ -10,10 +12,6 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 from genkit._core import Context, Guidance, Prediction, Slot
 from genkit._core._checks import check, describe, is_concrete
 from genkit._core._fields import number_field
-from genkit._core._guidance import same_evaluation
-
-
-_PLAIN = Slot("interval: plain")
 
 
 class Interval(Guidance):
@@ -37,45 +35,56 @@ class Interval(Guidance):
             low, high = float(self.sigma_lo), float(self.sigma_hi)
             check(0 <= low < high, "sigma_lo", "non-negative and below `sigma_hi`", f"{low:g} and {high:g}")
 
-    @property
-    def _base(self) -> str:
-        """The slot that holds the plain prediction: one of the guidance's own where it has one."""
-        return next((s.name for s in self.guidance.slots() if same_evaluation(s, _PLAIN)), _PLAIN.name)
-
     def slots(self) -> tuple[Slot, ...]:
-        """Those of the guidance, and the plain prediction."""
-        own = self.guidance.slots()
-        return own if self._base != _PLAIN.name else (*own, _PLAIN)
+        """Those of the guidance; second-stage ones are asked for inside only."""
+        return tuple(
+            dataclasses.replace(s, ask=_Gated(self, s.ask)) if s.second_stage else s for s in self.guidance.slots()
+        )
 
     def init(self, x: Float[Array, " *shape"]) -> Any:
         """The carry of the guidance."""
         return self.guidance.init(x)
 
-    def _inside(self, ctx: Context) -> Bool[Array, ""]:
+    def inside(self, ctx: Context) -> Bool[Array, ""]:
         """Decided at the start of the step, so that all its evaluations agree."""
         return (self.sigma_lo < ctx.sigma_start) & (ctx.sigma_start <= self.sigma_hi)
 
     def plan(self, carry: Any, ctx: Context) -> Mapping[str, bool | Bool[Array, ""]]:
         """What the guidance needs inside; the plain prediction outside."""
-        inside = self._inside(ctx)
+        inside, plain = self.inside(ctx), self.guidance.slots()[0].name
         needs = {name: inside & need for name, need in self.guidance.plan(carry, ctx).items()}
-        return needs | {self._base: needs.get(self._base, False) | ~inside}
+        return needs | {plain: needs.get(plain, False) | ~inside}
 
     def combine(
         self, preds: Mapping[str, Prediction], ctx: Context, carry: Any
     ) -> tuple[Float[Array, " *shape"], Any, dict[str, Array]]:
         """The guided prediction inside; the plain one outside, where the carry is held."""
-        inside, plain = self._inside(ctx), preds[self._base]
+        inside, plain = self.inside(ctx), preds[self.guidance.slots()[0].name]
+        x0, new, aux = self.guidance.combine(self.harmless(preds, ctx), ctx, carry)
+        held = jax.tree.map(lambda old, fresh: jnp.where(inside, fresh, old), carry, new)
+        return jnp.where(inside, x0, plain.x0), held, aux
 
-        def harmless(pred: Prediction) -> Prediction:
-            # Outside, the guidance sees the plain prediction in every slot, so that nothing it computes is undefined.
+    def harmless(self, preds: Mapping[str, Prediction], ctx: Context) -> dict[str, Prediction]:
+        """Outside, the plain prediction in every slot, so that nothing the guidance computes there is undefined."""
+        inside, plain = self.inside(ctx), preds[self.guidance.slots()[0].name]
+
+        def safe(pred: Prediction) -> Prediction:
             gradient = None if pred.gradient is None else jnp.where(inside, pred.gradient, 0)
             return Prediction(jnp.where(inside, pred.x0, plain.x0), pred.present | ~inside, gradient)
 
-        own = {slot.name: harmless(preds[slot.name]) for slot in self.guidance.slots()}
-        x0, new, aux = self.guidance.combine(own, ctx, carry)
-        held = jax.tree.map(lambda old, fresh: jnp.where(inside, fresh, old), carry, new)
-        return jnp.where(inside, x0, plain.x0), held, aux
+        return {name: safe(pred) for name, pred in preds.items()}
+
+
+class _Gated(eqx.Module):
+    """The question of a second-stage slot, answered with no outside the interval."""
+
+    interval: Interval
+    ask: Callable
+
+    def __call__(self, preds: Mapping[str, Prediction], ctx: Context, carry: Any) -> tuple[Any, Any]:
+        """Ask inside."""
+        need, cond = self.ask(self.interval.harmless(preds, ctx), ctx, carry)
+        return self.interval.inside(ctx) & need, cond
 
 
 def interval(
