@@ -1,5 +1,7 @@
 """Diffusion and flow matching: schedules, denoisers, objectives, grids, samplers."""
 
+from ._analytic import GaussianDenoiser as GaussianDenoiser, MixtureDenoiser as MixtureDenoiser
+from ._analytic_empirical import EmpiricalDenoiser as EmpiricalDenoiser
 from ._convert import convert as convert
 from ._grids import karras as karras, log_uniform as log_uniform, time_uniform as time_uniform
 from ._losses import DenoisingScoreMatching as DenoisingScoreMatching, FlowMatching as FlowMatching
