@@ -4,7 +4,8 @@ from ._checks import NonFiniteError as NonFiniteError
 from ._denoiser import Denoiser as Denoiser, null_like as null_like
 from ._draws import Draws as Draws
 from ._files import CorruptFileError as CorruptFileError, SaveError as SaveError
-from ._fit import Fitted as Fitted, Interrupted as Interrupted, fit as fit
+from ._fit import fit as fit
+from ._fit_loop import Fitted as Fitted, Interrupted as Interrupted
 from ._guidance import (
     Context as Context,
     Guidance as Guidance,

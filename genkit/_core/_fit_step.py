@@ -67,8 +67,8 @@ class Plan(eqx.Module):
         return self.phases[index].name or f"phase{index}"
 
 
-class _Update(NamedTuple):
-    """The carry of one phase's updates; `fault` is 0, or one more than the index of what was not finite."""
+class _Carry(NamedTuple):
+    """What one phase's updates pass on; `fault` stays 0 unless the call looks for one."""
 
     arrays: PyTree
     opt: PyTree
@@ -89,44 +89,75 @@ def _own(leaf: Any) -> Any:
 
 
 @functools.partial(eqx.filter_jit, donate="all-except-first")
-def run_chunk(plan: Plan, state: TrainState, end: Array, batches: PyTree) -> tuple[TrainState, Array, dict[str, Array]]:
-    """Run up to `plan.length` steps, stopping (the state freezes) at `end` or at the first fault.
+def run_steps(plan: Plan, state: TrainState, batches: PyTree, count: Array | None) -> tuple[TrainState, dict, Array]:
+    """Run `plan.length` steps, or `count` of them.
 
-    The length is fixed and its tail masked, so that one program serves every call: no second compilation for a
-    remainder, and results cannot depend on how steps are cut into calls.
+    Nothing in a step looks for NaN: a look at every gradient would cost several percent. NaN and infinity stay in what
+    they enter, so the call looks once, at its end; `find_fault` then finds the step.
 
     Args:
         plan: what training reads.
         state: where to start; its JAX arrays only (see `split`), consumed.
-        end: scalar, the step to stop before.
         batches: for host data, arrays with leading axes `(plan.length, updates per step)`; else `None`.
+        count: `None`, or how many steps to run: a loop of its own kind, for the rest that no call of full length fits.
 
     Returns:
-        The new state; a scalar fault code (see `explain`); metrics of shape `(plan.length,)`.
+        The new state; metrics of shape `(plan.length,)`, those beyond `count` zero; and whether all is still finite.
+    """
+    body = lambda state, xs: _cycle(plan, state, xs, checked=False)[:2]
+    if count is None:
+        new, metrics = jax.lax.scan(body, state, batches, length=plan.length)
+    else:
+        at = lambda i: jax.tree.map(lambda x: x[i], batches)
+        kinds = jax.eval_shape(body, state, at(0))[1]
+        metrics = jax.tree.map(lambda kind: jnp.zeros((plan.length,), kind.dtype), kinds)
+
+        def step(i: Array, carry: tuple[TrainState, dict]) -> tuple[TrainState, dict]:
+            new, found = body(carry[0], at(i))
+            return new, jax.tree.map(lambda column, x: column.at[i].set(x), carry[1], found)
+
+        new, metrics = jax.lax.fori_loop(0, count, step, (state, metrics))
+    losses = [values for name, values in metrics.items() if name.rpartition("/")[2] == "loss"]
+    return new, metrics, _still_finite(state, new) & _finite(losses)
+
+
+@functools.partial(eqx.filter_jit, donate="all-except-first")
+def find_fault(plan: Plan, state: TrainState, batches: PyTree, count: Array) -> tuple[TrainState, Array]:
+    """Run up to `count` steps again, looking at each, and stop where something is not finite.
+
+    Args:
+        plan: what training reads.
+        state: where to start, consumed.
+        batches: as for `run_steps`.
+        count: scalar, steps to run.
+
+    Returns:
+        The state before the first faulty step (after `count` steps if there is none), and a code for `explain`.
     """
 
-    def body(carry: tuple[TrainState, Array], xs: PyTree) -> tuple[tuple[TrainState, Array], dict[str, Array]]:
-        state, fault = carry
-        new, found, metrics = _cycle(plan, state, xs)
-        active = (fault == 0) & (state.step < end)
-        fault = jnp.where(active, found, fault)
-        keep = active & (found == 0)
-        state = jax.tree.map(lambda n, o: jnp.where(keep, n, o), new, state)
-        return (state, fault), metrics
+    def go_on(carry: tuple[Array, TrainState, Array]) -> Array:
+        done, _, fault = carry
+        return (done < count) & (fault == 0)
 
-    (state, fault), metrics = jax.lax.scan(body, (state, jnp.zeros((), jnp.int32)), batches, length=plan.length)
-    return state, fault, metrics
+    def step(carry: tuple[Array, TrainState, Array]) -> tuple[Array, TrainState, Array]:
+        done, old, _ = carry
+        new, _, fault = _cycle(plan, old, jax.tree.map(lambda x: x[done], batches), checked=True)
+        return done + 1, jax.tree.map(lambda n, o: jnp.where(fault == 0, n, o), new, old), fault
+
+    zero = jnp.zeros((), jnp.int32)
+    _, state, fault = jax.lax.while_loop(go_on, step, (zero, state, zero))
+    return state, fault
 
 
-def _cycle(plan: Plan, state: TrainState, batches: PyTree) -> tuple[TrainState, Array, dict[str, Array]]:
+def _cycle(plan: Plan, state: TrainState, batches: PyTree, *, checked: bool) -> tuple[TrainState, dict, Array]:
     """One step: every phase in turn, then the moving average."""
     arrays, opts, metrics = state.model, [], {}
     fault, done = jnp.zeros((), jnp.int32), 0
     for index, phase in enumerate(plan.phases):
-        update = functools.partial(_update, plan, index)
+        update = functools.partial(_update, plan, index, checked)
         number = state.step * plan.updates_per_step + done
         mine = jax.tree.map(lambda x, i=done, n=phase.repeats: x[i : i + n], batches)
-        carry = _Update(arrays, state.opt[index], fault)
+        carry = _Carry(arrays, state.opt[index], fault)
         if phase.repeats == 1:
             carry, found = update(carry, (number, jax.tree.map(lambda x: x[0], mine)))
         else:
@@ -142,10 +173,12 @@ def _cycle(plan: Plan, state: TrainState, batches: PyTree) -> tuple[TrainState, 
     if plan.ema is not None:
         averaged = jax.tree.map(lambda m, x: None if m is None else x, ema, arrays, is_leaf=lambda m: m is None)
         ema = ema_step(ema, averaged, plan.ema, state.step)
-    return TrainState(state.step + 1, arrays, tuple(opts), ema), fault, metrics
+    return TrainState(state.step + 1, arrays, tuple(opts), ema), metrics, fault
 
 
-def _update(plan: Plan, index: int, carry: _Update, xs: tuple[Array, PyTree]) -> tuple[_Update, dict[str, Array]]:
+def _update(
+    plan: Plan, index: int, checked: bool, carry: _Carry, xs: tuple[Array, PyTree]
+) -> tuple[_Carry, dict[str, Array]]:
     """One optimizer step of one phase."""
     phase, (number, batch) = plan.phases[index], xs
     # The number of the update, not a carried chain of keys: a resumed run draws what an unbroken one would have drawn.
@@ -157,19 +190,21 @@ def _update(plan: Plan, index: int, carry: _Update, xs: tuple[Array, PyTree]) ->
 
     def loss(params: PyTree) -> tuple[Scalar, dict[str, Any]]:
         model = eqx.combine(params, held, plan.rest)
-        return _checked(phase.objective(model, batch, key=loss_key), plan.label(index))
+        return _loss_and_aux(phase.objective(model, batch, key=loss_key), plan.label(index))
 
     (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params)
     optimizer = optax.with_extra_args_support(phase.optimizer)
     line_search = {"value": value, "grad": grads, "value_fn": lambda p: loss(p)[0]}
     steps, opt = optimizer.update(grads, carry.opt, params, **line_search)
-    params = optax.apply_updates(params, steps)
-    arrays, written = _write(eqx.combine(params, held), aux.get("updates"), plan.label(index))
+    arrays = eqx.combine(optax.apply_updates(params, steps), held)
+    arrays = _write(arrays, aux.get("updates"), plan.label(index))
     fault = carry.fault
-    for kind, tree in enumerate((value, grads, (params, written))):
-        fault = jnp.where((fault == 0) & ~_finite(tree), 1 + len(FAULTS) * index + kind, fault)
+    if checked:
+        healthy = (_finite(value), _finite(grads), _still_finite(carry.arrays, arrays))
+        for kind, good in enumerate(healthy):
+            fault = jnp.where((fault == 0) & ~good, 1 + len(FAULTS) * index + kind, fault)
     metrics = {"loss": value} | {k: v for k, v in aux.items() if k != "updates" and _is_scalar(v)}
-    return _Update(arrays, opt, fault), metrics
+    return _Carry(arrays, opt, fault), metrics
 
 
 def _finite(tree: PyTree) -> Array:
@@ -177,11 +212,18 @@ def _finite(tree: PyTree) -> Array:
     return functools.reduce(jnp.logical_and, checks, jnp.array(True))
 
 
+def _still_finite(old: PyTree, new: PyTree) -> Array:
+    """Whether nothing that was finite is so no more; infinities that were there before (a mask, a bound) are fine."""
+    pairs = zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
+    kept = [(jnp.isfinite(n) | ~jnp.isfinite(o)).all() for o, n in pairs if jnp.issubdtype(o.dtype, jnp.inexact)]
+    return functools.reduce(jnp.logical_and, kept, jnp.array(True))
+
+
 def _is_scalar(value: Any) -> bool:
     return jnp.ndim(value) == 0 and jnp.issubdtype(jnp.result_type(value), jnp.number)
 
 
-def _checked(result: Any, label: str) -> tuple[Scalar, dict[str, Any]]:
+def _loss_and_aux(result: Any, label: str) -> tuple[Scalar, dict[str, Any]]:
     """What an objective returned, or an error that says what it should have returned."""
     is_pair = isinstance(result, tuple) and len(result) == 2
     check(is_pair, f"objective of {label}", "a function returning `(scalar, dict)`", type(result).__name__)
@@ -193,10 +235,10 @@ def _checked(result: Any, label: str) -> tuple[Scalar, dict[str, Any]]:
     return value, aux
 
 
-def _write(arrays: PyTree, updates: PyTree | None, label: str) -> tuple[PyTree, PyTree]:
-    """The model with `updates` written where they are not `None`, and what was written."""
+def _write(arrays: PyTree, updates: PyTree | None, label: str) -> PyTree:
+    """The model with `updates` written where they are not `None`."""
     if updates is None:
-        return arrays, None
+        return arrays
     is_none = lambda x: x is None
     try:
         jax.tree.map(lambda update, array: None, updates, arrays, is_leaf=is_none)
@@ -212,7 +254,7 @@ def _write(arrays: PyTree, updates: PyTree | None, label: str) -> tuple[PyTree, 
         check(kind(update) == kind(array), name, kind(array), kind(update))
         return jnp.asarray(update)
 
-    return jax.tree_util.tree_map_with_path(pick, updates, arrays, is_leaf=is_none), updates
+    return jax.tree_util.tree_map_with_path(pick, updates, arrays, is_leaf=is_none)
 
 
 def split(tree: PyTree) -> tuple[PyTree, PyTree]:

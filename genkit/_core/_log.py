@@ -20,6 +20,10 @@ class History:
         """Append the metrics of some steps, arrays of equal length."""
         self._pieces.append(dict(metrics))
 
+    def cut(self, steps: int) -> None:
+        """Keep the first `steps` entries."""
+        self._pieces = [{name: values[:steps] for name, values in self.arrays().items()}]
+
     def arrays(self) -> dict[str, np.ndarray]:
         """All metrics by name, one entry per step; NaN where a step did not have the metric."""
         names = dict.fromkeys(name for piece in self._pieces for name in piece)

@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .._core._files import CorruptFileError, describe_kind
-from .._core._fit import Fitted, fitted_from
+from .._core._fit import fitted_from
+from .._core._fit_loop import Fitted
 from .._core._objective import Recipe
 from .._core._run import DEFINITION, NEEDS, is_run, read_meta, read_state
 from .._core._store import is_array_file, load_arrays, save_arrays
