@@ -45,7 +45,7 @@ class Preconditioned(Denoiser):
         >>> import genkit as gk
         >>> net = lambda x, t, cond: jnp.zeros_like(x)
         >>> denoiser = gk.diffusion.Preconditioned(net, sigma_data=0.5)
-        >>> denoiser(jnp.array([2.0]), jnp.array(0.5)).tolist()
+        >>> denoiser(jnp.array([2.0]), jnp.array(0.5)).round(5).tolist()
         [1.0]
 
     Source: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", NeurIPS 2022, section 5
