@@ -24,12 +24,12 @@ sigma_data = float(digits.x_train.std())
 # both.
 
 # %%
-num_steps = 1_500
+num_steps = 3_000
 
 
 def build(key):
     """A residual perceptron under EDM preconditioning."""
-    net = gk.nn.MLP((1, 8, 8), width=192, depth=3, num_labels=10, key=key)
+    net = gk.nn.MLP((1, 8, 8), width=256, depth=3, num_labels=10, key=key)
     return gk.diffusion.Preconditioned(net, "F", sigma_data=sigma_data)
 
 
