@@ -73,9 +73,10 @@ class Preconditioned(Denoiser):
         return getattr(self.net, "num_labels", None)
 
     def __call__(
-        self, x: Inexact[Array, " *shape"], sigma: Float[ArrayLike, ""], cond: Any = None
+        self, x: Inexact[ArrayLike, " *shape"], sigma: Float[ArrayLike, ""], cond: Any = None
     ) -> Inexact[Array, " *shape"]:
         """Estimate the clean example; see `Denoiser`."""
+        x = as_number(x)
         sigma = jnp.asarray(sigma, x.dtype)
         clean = sigma == 0
         # At sigma = 0 the logarithm and several quotients are infinite: evaluate elsewhere, and return x.
