@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ._checks import NonFiniteError
 from ._ema import ema_model
 from ._files import SaveError
-from ._fit_feed import bring_back, feed, replicate, snapshot
+from ._fit_feed import bring_back, feed, local, replicate, snapshot
 from ._fit_step import Leaves, Plan, TrainState, explain, find_fault, run_steps, split
 from ._log import History, append_line, summary_line
 from ._objective import Recipe
@@ -39,6 +39,16 @@ class Fitted(eqx.Module):
         log: metrics by name, NumPy arrays with one entry per step: `loss`, and every scalar by-product of the
             objective. With several phases each name begins with `phase name/`; over repeats a metric is the mean.
         state: all that training changes, as checkpoints hold it.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> import genkit as gk
+        >>> loss = lambda model, batch, *, key: (jnp.mean((model - batch) ** 2), {})
+        >>> draw = jax.tree_util.Partial(lambda key: jax.random.normal(key, (8,)))
+        >>> recipe = gk.Recipe(lambda key: jnp.ones(()), draw, gk.Phase(loss, optax.adam(1e-2)), num_steps=3, ema=0.9)
+        >>> fitted = gk.fit(recipe, key=jax.random.key(0))
+        >>> bool(fitted.ema > fitted.model), int(fitted.state.step)
+        (True, 3)
     """
 
     model: PyTree
@@ -196,7 +206,8 @@ class Session:
 
     def state(self) -> TrainState:
         """The state so far."""
-        return eqx.combine(self.form.tree(self.arrays), self.rest)
+        arrays = self.arrays if self.plan.mesh is None else local(self.arrays)
+        return eqx.combine(self.form.tree(arrays), self.rest)
 
     def fitted(self) -> Fitted:
         """What there is so far."""

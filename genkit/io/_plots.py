@@ -32,6 +32,15 @@ def plot_grid(
     Raises:
         ValueError: if the shape is another one.
         NonFiniteError: if there is NaN or infinity.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> import numpy as np
+        >>> import genkit as gk
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "grid.png"
+        >>> gk.io.plot_grid(path, np.zeros((4, 1, 8, 8)))
+        >>> path.read_bytes()[1:4]
+        b'PNG'
     """
     from matplotlib import image as writer
 
@@ -66,6 +75,15 @@ def plot_log(path: str | os.PathLike[str], log: Mapping[str, Float[np.ndarray, "
         path: the file to write or to replace.
         log: metrics by name, as `Fitted.log` has them.
         smooth: steps to average over in the heavy line; default a fiftieth of all.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> import numpy as np
+        >>> import genkit as gk
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "log.png"
+        >>> gk.io.plot_log(path, {"loss": 1 / np.arange(1.0, 100.0)})
+        >>> path.read_bytes()[1:4]
+        b'PNG'
     """
     check(len(log) > 0, "log", "a dict with at least one metric", "none")
     figure, panels = _figure(len(log))
@@ -90,6 +108,13 @@ def plot_draws(path: str | os.PathLike[str], values: ArrayLike) -> bool:
 
     Returns:
         Whether there is a picture for draws of this shape.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> import numpy as np
+        >>> import genkit as gk
+        >>> gk.io.plot_draws(pathlib.Path(tempfile.mkdtemp()) / "draws.png", np.zeros((5, 2)))
+        True
     """
     values = np.asarray(values)
     shape = values.shape[1:]
