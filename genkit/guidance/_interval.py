@@ -11,7 +11,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 
 from genkit._core import Context, Guidance, Prediction, Slot
 from genkit._core._checks import check, describe, is_concrete
-from genkit._core._fields import number_field
+from genkit._core._fields import as_number
 
 
 class Interval(Guidance):
@@ -24,8 +24,8 @@ class Interval(Guidance):
     """
 
     guidance: Guidance
-    sigma_lo: Float[Array, ""] = number_field()
-    sigma_hi: Float[Array, ""] = number_field()
+    sigma_lo: Float[Array, ""] = eqx.field(converter=as_number)
+    sigma_hi: Float[Array, ""] = eqx.field(converter=as_number)
 
     def __check_init__(self) -> None:
         """Refuse foreign guidance and empty intervals."""
