@@ -144,7 +144,7 @@ class Session:
         self.arrays, metrics, sound = run_steps(
             self.reads.form, self.form, self.reads.arrays, self.arrays, self.batches, self._rest_of(count)
         )
-        self.batches = next(self.feed) if self.step + count < self.total else None  # drawn while the device is busy
+        failure = self._draw(self.step + count)
         metrics, sound = jax.device_get((metrics, sound))
         metrics = {name: values[:count] for name, values in metrics.items()}
         if not sound:
@@ -152,7 +152,17 @@ class Session:
         self.step += count
         self.history.add(metrics)
         self._report(metrics, count)
+        if failure is not None:
+            raise failure
         return metrics
+
+    def _draw(self, step: int) -> Exception | None:
+        """Draw the next call's batches while the device is busy; a failure waits until its work is taken note of."""
+        try:
+            self.batches = next(self.feed) if step < self.total else None
+        except Exception as error:
+            return error
+        return None
 
     def _rest_of(self, count: int) -> np.int32 | None:
         # Loops of one pass are inlined by XLA, which might then fuse, and round, otherwise: they count as a rest.

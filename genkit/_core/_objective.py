@@ -90,7 +90,7 @@ class Phase(eqx.Module):
     """
 
     objective: Callable[..., Any]
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformation | optax.MultiSteps
     where: Callable[[Any], Any] | None = eqx.field(static=True)
     repeats: int = eqx.field(static=True)
     name: str | None = eqx.field(static=True)
@@ -98,7 +98,7 @@ class Phase(eqx.Module):
     def __init__(
         self,
         objective: Callable[..., Any],
-        optimizer: optax.GradientTransformation,
+        optimizer: optax.GradientTransformation | optax.MultiSteps,
         where: Callable[[Any], Any] | None = None,
         repeats: int = 1,
         *,

@@ -198,7 +198,8 @@ def _encode_header(leaf: Any) -> Json:
     if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return {"kind": "key", "impl": _impl(leaf.dtype), "shape": list(leaf.shape)}
-        return {"kind": "jax", "dtype": leaf.dtype.name, "shape": list(leaf.shape)}
+        weak = {"weak": True} if getattr(leaf, "weak_type", False) and leaf.shape == () else {}
+        return {"kind": "jax", "dtype": leaf.dtype.name, "shape": list(leaf.shape), **weak}
     if isinstance(leaf, (np.ndarray, np.generic)):
         kind = "numpy" if isinstance(leaf, np.ndarray) else "generic"
         dtype = leaf.dtype.name
@@ -375,7 +376,7 @@ def _build(path: Path, entry: Json, raw: memoryview) -> Any:
         return array
     if entry["kind"] == "generic":
         return array[()]
-    value = jnp.array(array)
+    value = jnp.array(array.item() if entry.get("weak") else array)  # Python numbers make weakly typed arrays
     if value.dtype != dtype:
         raise ValueError(
             f"`{path}` holds `{entry['path']}` in {dtype.name}, which JAX turns into {value.dtype.name}: enable it "

@@ -48,6 +48,7 @@ def everything():
         "complex": jnp.array([1 + 2j]),
         "empty": jnp.zeros((0, 3)),
         "scalar": jnp.array(True),
+        "weak": jnp.asarray(0.1),
         "nan": jnp.array([jnp.nan, -jnp.inf, -0.0]),
         "python": (3, 2**70, -1.5, float("nan"), float("inf"), True, "text", None),
     }
@@ -59,6 +60,7 @@ def assert_same(got, want):
     assert got_tree == want_tree
     for g, w in zip(got_leaves, want_leaves, strict=True):
         assert isinstance(g, jax.Array) == isinstance(w, jax.Array)
+        assert getattr(g, "weak_type", False) == getattr(w, "weak_type", False)
         if isinstance(w, jax.Array) and jnp.issubdtype(w.dtype, jax.dtypes.prng_key):
             assert g.dtype == w.dtype
             g, w = jax.random.key_data(g), jax.random.key_data(w)
