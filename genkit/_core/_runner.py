@@ -95,7 +95,7 @@ class Runner(eqx.Module):
         combine = self.guidance.combine
         x0, new, aux = each(lambda c, p, s: combine(p, c, s), ctx, preds, carry)
         held = jax.tree.map(lambda old, fresh: jnp.where(ctx.corrector, old, fresh), carry, new)
-        return x0, held, aux, tally
+        return x0.astype(ctx.x.dtype), held, aux, tally
 
     def _needs(self, groups: list[list[Slot]], ctx: Context, carry: PyTree) -> list[Need]:
         """What the draws need of each distinct evaluation: a Python bool where that is fixed, else one bool each."""
@@ -157,8 +157,8 @@ class Runner(eqx.Module):
         n, k = len(ctx.x), len(slots)
         conds = [_condition(slot, ctx, None) for slot in slots]
         data = [null_like(ctx.cond) if cond is None else cond for cond in conds]
-        x, key = jnp.concatenate([ctx.x] * k), jnp.concatenate([ctx.key] * k)
-        run = lambda x, cond: _predict(self.model, slots[0], x, cond, key, ctx)[0]
+        x = jnp.concatenate([ctx.x] * k)
+        run = lambda x, cond: _predict(self.model, slots[0], x, cond, ctx.key, ctx)[0]
         total = _any(needs)
         if total is True:
             out, executed = run(x, jnp.concatenate(data)), jnp.ones(n, jnp.int32)

@@ -38,7 +38,7 @@ class Interval(Guidance):
     def slots(self) -> tuple[Slot, ...]:
         """Those of the guidance; second-stage ones are asked for inside only."""
         return tuple(
-            dataclasses.replace(s, ask=_Gated(self, s.ask)) if s.second_stage else s for s in self.guidance.slots()
+            dataclasses.replace(s, ask=_Gated(self, s.ask)) if s.ask is not None else s for s in self.guidance.slots()
         )
 
     def init(self, x: Float[Array, " *shape"]) -> Any:
