@@ -105,7 +105,7 @@ def snapshot(arrays: tuple[Any, ...]) -> tuple[Any, ...]:
 def bring_back(kept: tuple[Any, ...], like: tuple[Any, ...]) -> tuple[Any, ...]:
     """A snapshot, copied to where the arrays of `like` are."""
     sharding = like[0].sharding
-    if isinstance(sharding, NamedSharding):
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
         return _copy(replicate(kept, sharding.mesh))
     return jax.device_put(kept, sharding, may_alias=False)
 

@@ -129,7 +129,7 @@ def load_run(path: str | os.PathLike[str], like: PyTree = None) -> Fitted:
         recipe = with_needs(definition, runs)
     else:
         raise ValueError(f"`like` must be the recipe `{path}` was trained with: the run has no definition file.")
-    key = jax.random.wrap_key_data(np.asarray(meta["key"]["data"], np.uint32), impl=meta["key"]["impl"])
+    key = jax.random.wrap_key_data(jax.numpy.asarray(meta["key"]["data"], np.uint32), impl=meta["key"]["impl"])
     return fitted_from(stored, recipe, key)
 
 

@@ -50,7 +50,7 @@ def plot_grid(
     check(good, "images", "of shape (n, 1 or 3, height, width) or (n, height, width)", f"shape {images.shape}")
     check_finite("images", images)
     number, _, height, width = images.shape
-    columns = min(number, int(np.ceil(np.sqrt(number)))) if columns is None else columns
+    columns = int(np.ceil(np.sqrt(number))) if columns is None else columns
     check_count("columns", columns)
     scale = max(1, round(64 / width)) if scale is None else scale
     check_count("scale", scale)
