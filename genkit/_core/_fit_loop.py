@@ -127,7 +127,8 @@ class Session:
         self.plan, self.history, self.data, self.total = plan, history, data, total
         self.reads = Leaves.of(plan)
         self.folder, self.on_step = folder, on_step
-        self.step, self.begun = int(state.step), time.monotonic()
+        self.step = self.first_step = int(state.step)
+        self.begun = time.monotonic()
         changing, self.rest = split(state)
         self.arrays, self.form = Leaves.of(changing)
         self.feed = feed(data, plan, self.step, total)
@@ -210,8 +211,9 @@ class Session:
             self.folder.save(self.state(), self.history)
 
     def rescue(self) -> None:
-        """Save what there is; nothing when a call that was cut off has consumed it."""
-        if not any(x.is_deleted() for x in self.arrays) and int(self.state().step) == self.step:
+        """Save what was done; nothing when nothing was, or when a call that was cut off has consumed it."""
+        whole = not any(x.is_deleted() for x in self.arrays)
+        if self.step > self.first_step and whole and int(self.state().step) == self.step:
             self.save()
 
     def state(self) -> TrainState:

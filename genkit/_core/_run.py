@@ -175,13 +175,10 @@ def find_state(run: Path, meta: Json, *, resume: bool) -> Stored | None:
     if not resume:
         raise ValueError(f"`run` must be a new folder; got `{run}`, which holds a run. Pass `resume` to continue it.")
     _check_equal(run, read_meta(run), meta)
+    stored = read_state(run) if (run / STATE).is_file() else None
     if jax.process_index() == 0:
         remove_leftovers(run)
-    if not (run / STATE).is_file():
-        return None
-    stored = read_state(run)
-    if jax.process_index() == 0:
-        cut_log(run / LOG, stored.meta["steps"])
+        cut_log(run / LOG, 0 if stored is None else stored.meta["steps"])
     return stored
 
 
