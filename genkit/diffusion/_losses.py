@@ -185,7 +185,7 @@ def draw_evenly(law: dist.Distribution, num_samples: int, *, key: Key[Array, ""]
     quantile = jnp.clip(quantile, 2.0**-25, 1 - 2.0**-24)
     try:
         return law.icdf(jr.permutation(key_order, quantile))
-    except NotImplementedError:
+    except (NotImplementedError, ImportError):  # numpyro has some inverses only where another package is installed
         return law.sample(key_draw, (num_samples,))
 
 
