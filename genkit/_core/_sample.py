@@ -122,7 +122,7 @@ def _with_guidance(sampler: AbstractSampler, guidance: Any) -> AbstractSampler:
         return sampler
     if not hasattr(sampler, "guidance"):
         raise ValueError(f"`guidance` must be None with {type(sampler).__name__}, which takes none; got {guidance!r}.")
-    if sampler.guidance is not None:
+    if getattr(sampler, "guidance", None) is not None:
         raise ValueError(
             "`guidance` must be given once; got one in the sampler and one in the call. "
             "Drop one, or pass the bare table."
@@ -221,7 +221,7 @@ def _check_draws(
         bad = ~jnp.all(jnp.isfinite(draws.value))
         value = eqx.error_if(draws.value, bad, "`gk.sample`: a draw holds NaN or infinity.")
         return eqx.tree_at(lambda d: d.value, draws, value)
-    finite = np.isfinite(np.asarray(draws.value)).reshape(len(draws.value), -1).all(axis=1)[: num_samples - start]
+    finite = np.all(np.isfinite(np.asarray(draws.value)).reshape(len(draws.value), -1), axis=1)[: num_samples - start]
     if finite.all():
         return draws
     first = int(np.flatnonzero(~finite)[0])

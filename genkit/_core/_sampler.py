@@ -140,8 +140,8 @@ class Sampler(AbstractSampler):
             carry = guidance.init(x)
             for sigma, start, end, step, corrector, evaluate in zip(*columns, strict=True):
                 place = (sigma, start, end, step, columns[3][-1] + 1, corrector)
-                sigma, start, end, step, num_steps, corrector = map(jnp.asarray, place)
                 with jax.ensure_compile_time_eval():
+                    sigma, start, end, step, num_steps, corrector = map(jnp.asarray, place)
                     ctx = Context(x, sigma, start, end, step, num_steps, corrector, cond, key)
                 found.append(fixed_pattern(guidance, ctx, carry) if evaluate else None)
             return x

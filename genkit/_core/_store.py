@@ -160,7 +160,7 @@ def restore(stored: Stored, like: PyTree, prefix: str = "") -> PyTree:
         wanted.add(name)
         have = stored.headers.get(name)
         expected, found = _describe(_encode_header(leaf)), _describe(have)
-        if expected != found and not _same(_encode_header(leaf), have):
+        if have is None or (expected != found and not _same(_encode_header(leaf), have)):
             raise ValueError(f"`{stored.path}` does not fit: leaf `{name}` must be {expected}; the file has {found}.")
         leaves.append(leaf if have["kind"] == "opaque" else stored.leaves[name])
     extra = [name for name in stored.headers if name.startswith(prefix) and name not in wanted]
