@@ -3,6 +3,7 @@
 import importlib.metadata
 
 from . import (
+    bridge as bridge,
     data as data,
     diffusion as diffusion,
     divergence as divergence,

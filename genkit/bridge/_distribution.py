@@ -1,0 +1,64 @@
+"""A bridge as a numpyro distribution over paths on a grid."""
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from jaxtyping import Array, ArrayLike, Float, Key, Real
+from numpyro.distributions import constraints
+
+from genkit._core._checks import check
+
+from ._bridge import Bridge, check_times
+
+
+class BridgeDistribution(dist.Distribution):
+    """The law of a bridge path on a grid, started from `source`; by default of its end points.
+
+    Args:
+        bridge: the bridge.
+        source: the law of the state at time 0: a numpyro distribution with empty batch shape and event shape (d,).
+        ts: strictly increasing times, the first of them 0, shape (n,).
+        validate_args: numpyro's switch for checking values against the support.
+
+    Raises:
+        ValueError: if source and bridge differ in dimension, or the times do not start at 0.
+    """
+
+    pytree_data_fields = ("bridge", "source", "ts")
+
+    def __init__(
+        self,
+        bridge: Bridge,
+        source: dist.Distribution,
+        ts: Real[ArrayLike, " n"],
+        *,
+        validate_args: bool | None = None,
+    ):
+        check(
+            source.event_shape == (bridge.dim,) and source.batch_shape == (),
+            "source",
+            f"a law with batch shape () and event shape ({bridge.dim},)",
+            f"batch shape {source.batch_shape} and event shape {source.event_shape}",
+            "Use `.to_event(1)`.",
+        )
+        check_times(ts, strict=True)
+        if not isinstance(ts, jax.core.Tracer):
+            check(float(jnp.asarray(ts)[0]) == 0.0, "ts", "a grid that starts at 0, where `source` holds", f"{ts}")
+        self.bridge, self.source, self.ts = bridge, source, jnp.asarray(ts)
+        super().__init__((), (self.ts.shape[0], bridge.dim), validate_args=validate_args)
+
+    @property
+    def support(self):
+        """All real arrays of the event shape."""
+        return constraints.independent(constraints.real, 2)
+
+    def sample(self, key: Key[Array, ""], sample_shape: tuple[int, ...] = ()) -> Float[Array, " ..."]:
+        """Draw paths; shape (*sample_shape, n, d)."""
+        key_source, key_path = jax.random.split(key)
+        x0 = self.source.sample(key_source, sample_shape)
+        rest = self.bridge.sample(x0, self.ts[1:], key=key_path)
+        return jnp.concatenate([x0[..., None, :], rest], -2)
+
+    def log_prob(self, value: Float[Array, " ..."]) -> Float[Array, " ..."]:
+        """The exact log-density of paths; shape of `value` without its last two axes."""
+        return self.source.log_prob(value[..., 0, :]) + self.bridge.path_log_prob(self.ts, value)

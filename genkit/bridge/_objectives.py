@@ -1,0 +1,147 @@
+"""What a light bridge is fitted by: objectives, unpaired batches and an optimizer in natural units."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optax
+from jaxtyping import Array, ArrayLike, Float, Key
+
+from genkit._core import Objective
+from genkit._core._checks import check_interval
+
+from ._bridge import Bridge
+from ._potential import MixturePotential
+
+
+def light_loss(potential: MixturePotential, x0: Float[Array, " n d"], x1: Float[Array, " m d"]) -> Float[Array, ""]:
+    """Mean log c(x0) - mean log v(x1) of a potential, without argument checks.
+
+    Args:
+        potential: the potential.
+        x0: samples of the source, shape (n, d).
+        x1: samples of the target, shape (m, d).
+
+    Returns:
+        A scalar in nats.
+    """
+    epsilon = potential.epsilon
+    value = lambda x, t: jnp.mean(jax.vmap(lambda x: jax.nn.logsumexp(potential.terms(x, t)))(x))
+    tilt = (jnp.mean(jnp.sum(x0 * x0, -1)) + jnp.mean(jnp.sum(x1 * x1, -1))) / (2.0 * epsilon)
+    return value(x0, 0.0) - value(x1, 1.0) + tilt + 0.5 * potential.dim * jnp.log(2.0 * jnp.pi * epsilon)
+
+
+class LightObjective(Objective):
+    """The light Schrödinger bridge objective on a batch `(x0, x1)` of unpaired samples, for `gk.fit`.
+
+    Source: Korotin, Gushchin, Burnaev, "Light Schrödinger bridge", ICLR 2024, equation 8.
+    """
+
+    def __call__(self, model: Bridge, batch: Any, *, key: Key[Array, ""]) -> tuple[Float[Array, ""], dict[str, Any]]:
+        """The objective of `model`, a `Bridge`, on the batch.
+
+        Args:
+            model: the bridge that is fitted.
+            batch: samples x0 (n, d) and x1 (m, d).
+            key: not used.
+
+        Returns:
+            The objective, and nothing else.
+        """
+        del key
+        return light_loss(model.potential, *batch), {}
+
+
+class UnpairedBatches(eqx.Module):
+    """Independent batches of two sample sets, as the `data` of a recipe.
+
+    Args:
+        x0: samples of the source, shape (n, d).
+        x1: samples of the target, shape (m, d).
+        batch_size: points of each per batch; `None` takes all of both.
+    """
+
+    x0: Float[Array, " n d"]
+    x1: Float[Array, " m d"]
+    batch_size: int | None = eqx.field(static=True)
+
+    def __call__(self, key: Key[Array, ""]) -> tuple[Float[Array, " b d"], Float[Array, " b2 d"]]:
+        """Draw one batch with replacement.
+
+        Args:
+            key: typed PRNG key.
+
+        Returns:
+            Points of the source and of the target.
+        """
+        if self.batch_size is None:
+            return self.x0, self.x1
+        key0, key1 = jr.split(key)
+        index0 = jr.randint(key0, (self.batch_size,), 0, self.x0.shape[0])
+        index1 = jr.randint(key1, (self.batch_size,), 0, self.x1.shape[0])
+        return self.x0[index0], self.x1[index1]
+
+
+class MatchingObjective(Objective):
+    r"""Bridge matching onto the light family: $E|g(X_t, t) - (X_1 - X_t)/(1-t)|^2$ with $X_t$ a Brownian bridge.
+
+    One regression recovers the Schrödinger bridge from pairs of any plan with the right ends.
+
+    Args:
+        t_max: times are uniform on [0, t_max]; the variance of the target grows like epsilon t / (1-t).
+
+    Source: Gushchin et al., "Light and optimal Schrödinger bridge matching", ICML 2024, theorem 3.1.
+    """
+
+    t_max: float = eqx.field(static=True, default=0.99)
+
+    def __check_init__(self):
+        check_interval("t_max", self.t_max, 0.0, 1.0, open_lo=True, open_hi=True)
+
+    def __call__(self, model: Bridge, batch: Any, *, key: Key[Array, ""]) -> tuple[Float[Array, ""], dict[str, Any]]:
+        """The regression loss of `model` on pairs.
+
+        Args:
+            model: the bridge that is fitted.
+            batch: pairs x0 (n, d) and x1 (n, d), row by row.
+            key: typed PRNG key.
+
+        Returns:
+            Half the mean squared error over epsilon (nats), and nothing else.
+        """
+        x0, x1 = batch
+        key_time, key_noise = jr.split(key)
+        t = jr.uniform(key_time, (x0.shape[0], 1), x0.dtype, 0.0, self.t_max)
+        noise = jnp.sqrt(model.epsilon * t * (1.0 - t)) * jr.normal(key_noise, x0.shape, x0.dtype)
+        x = (1.0 - t) * x0 + t * x1 + noise
+        error = model.potential.drift(x, t[:, 0]) - (x1 - x) / (1.0 - t)
+        return jnp.mean(jnp.sum(error**2, -1)) / (2.0 * model.epsilon), {}
+
+
+def light_optimizer(
+    learning_rate: optax.ScalarOrSchedule, spread: Float[ArrayLike, ""], epsilon: Float[ArrayLike, ""]
+) -> optax.GradientTransformation:
+    """Adam in natural units: shifts move in units of `spread`, log-weights in units of spread^2 / epsilon.
+
+    Args:
+        learning_rate: step in logarithms of scales.
+        spread: standard deviation of the target.
+        epsilon: variance of the reference at t = 1.
+
+    Returns:
+        An optimizer for a `MixturePotential`, or for anything that holds one.
+    """
+
+    def units(updates, params):
+        del params
+
+        def scaled(path, leaf):
+            name = next((str(entry.name) for entry in reversed(path) if hasattr(entry, "name")), "")
+            unit = {"shifts": spread, "log_weights": jnp.maximum(1.0, spread**2 / epsilon)}.get(name)
+            return leaf if unit is None else (leaf * unit).astype(leaf.dtype)
+
+        return jax.tree_util.tree_map_with_path(scaled, updates)
+
+    return optax.chain(optax.scale_by_adam(), optax.stateless(units), optax.scale_by_learning_rate(learning_rate))

@@ -1,0 +1,212 @@
+"""Where a light bridge starts: k-means, one Riccati equation per cluster, and weights balanced by a convex solve."""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, Key
+
+from ._closed_form import riccati
+from ._make_scale import eigen_from_dense
+from ._potential import MixturePotential
+from ._scale import AbstractScale, Diag, Iso, LowRank
+
+
+# Points that the start and the reports look at: enough for means over components, little work.
+MAX_POINTS = 4096
+
+
+def kmeans(
+    x: Float[Array, " n d"], num_clusters: int, *, num_iterations: int = 25, key: Key[Array, ""]
+) -> Float[Array, " k d"]:
+    """Cluster centers by Lloyd's iterations from a k-means++ seeding; an empty cluster keeps its center."""
+
+    def squares(centers):
+        return jnp.sum(x * x, -1)[:, None] - 2.0 * x @ centers.T + jnp.sum(centers * centers, -1)
+
+    def seed(i, carry):
+        centers, nearest = carry
+        logits = jnp.log(jnp.maximum(nearest, 1e-30))
+        center = x[jr.categorical(jr.fold_in(key, i), logits)]
+        return centers.at[i].set(center), jnp.minimum(nearest, jnp.sum((x - center) ** 2, -1))
+
+    def lloyd(_, centers):
+        member = jax.nn.one_hot(jnp.argmin(squares(centers), 1), num_clusters, dtype=x.dtype)
+        count = member.sum(0)[:, None]
+        return jnp.where(count > 0, member.T @ x / jnp.maximum(count, 1.0), centers)
+
+    start = (jnp.zeros((num_clusters, x.shape[1]), x.dtype), jnp.ones(x.shape[0], x.dtype))
+    centers, _ = jax.lax.fori_loop(0, num_clusters, seed, start)
+    return jax.lax.fori_loop(0, num_iterations, lloyd, centers)
+
+
+class _Newton(NamedTuple):
+    log_weights: Array
+    value: Array
+    damping: Array
+    error: Array
+    step: Array
+
+
+def balance(
+    terms: Float[Array, " n k"], masses: Float[Array, " k"], *, tol: float = 1e-5, max_steps: int = 100
+) -> Float[Array, " k"]:
+    r"""Weights under which each component carries its mass: the minimum over $\ell$ of a convex function.
+
+    $$F(\ell) = \frac1n \sum_i \operatorname{lse}_k(\ell_k + q_{ik}) - m'\ell,$$
+
+    the semi-discrete dual, by Newton steps with Levenberg's damping.
+
+    Args:
+        terms: q, shape (n, K).
+        masses: m, shape (K,), summing to one.
+        tol: largest sum of absolute mass errors at which to stop.
+        max_steps: most Newton steps.
+
+    Returns:
+        The weights, shape (K,), their maximum zero.
+    """
+    n, k = terms.shape
+    value = lambda logits: jnp.mean(jax.nn.logsumexp(logits + terms, 1)) - masses @ logits
+
+    def body(state: _Newton) -> _Newton:
+        w = jax.nn.softmax(state.log_weights + terms, 1)
+        mean = w.mean(0)
+        # The ones fix the gauge: a common shift leaves F as it is.
+        hessian = jnp.diag(mean) - w.T @ w / n + jnp.ones((k, k), w.dtype) / k
+        step = jnp.linalg.solve(hessian + state.damping * jnp.eye(k, dtype=w.dtype), masses - mean)
+        trial = state.log_weights + step - jnp.max(state.log_weights + step)
+        new = value(trial)
+        good = new <= state.value
+        return _Newton(
+            jnp.where(good, trial, state.log_weights),
+            jnp.where(good, new, state.value),
+            jnp.where(good, jnp.maximum(state.damping / 4.0, 1e-7), state.damping * 8.0),
+            jnp.abs(masses - mean).sum(),
+            state.step + 1,
+        )
+
+    # Each component starts level with the others where its own points are: the largest terms are brought to zero.
+    start = -jnp.max(terms, 0)
+    start = start - jnp.max(start)
+    init = _Newton(
+        start, value(start), jnp.asarray(1e-2, terms.dtype), jnp.asarray(jnp.inf, terms.dtype), jnp.asarray(0)
+    )
+    go = lambda state: (state.error > tol) & (state.step < max_steps) & (state.damping < 1e8)
+    return jax.lax.while_loop(go, body, init).log_weights
+
+
+def _clusters(x1, centers):
+    """Masses and shrunken covariances of the clusters."""
+    k, d = centers.shape
+    nearest = jnp.argmin(jnp.sum(centers**2, -1) - 2.0 * x1 @ centers.T, 1)
+    member = jax.nn.one_hot(nearest, k, dtype=x1.dtype)
+    count = member.sum(0)
+    residual = x1 - centers[nearest]
+    scatter = jnp.einsum("nk,nd,ne->kde", member, residual, residual, optimize="optimal")
+    pooled = scatter.sum(0) / x1.shape[0]
+    # As many pseudo-observations of the pooled covariance as make a cluster of any size well conditioned.
+    prior = d + 2.0
+    floor = 1e-5 * jnp.trace(jnp.cov(x1.T).reshape(d, d)) / d * jnp.eye(d, dtype=x1.dtype)
+    covs = (scatter + prior * pooled) / (count + prior)[:, None, None] + floor
+    return (count + 0.5) / (count + 0.5).sum(), covs
+
+
+def _family(kind: str, matrices: Float[Array, " k d d"], rank: int) -> AbstractScale:
+    """The member of a family closest to given matrices."""
+    diagonal = jnp.diagonal(matrices, axis1=-2, axis2=-1)
+    if kind == "iso":
+        return Iso(jnp.log(diagonal.mean(-1)))
+    if kind == "diag":
+        return Diag(jnp.log(diagonal))
+    if kind == "full":
+        return eigen_from_dense(matrices)
+    values, vectors = jnp.linalg.eigh(matrices)
+    rank = min(rank, matrices.shape[-1] - 1)
+    rest = values[:, : values.shape[1] - rank].mean(-1)
+    top = jnp.sqrt(jnp.maximum(values[:, -rank:] - rest[:, None], 0.01 * rest[:, None]))
+    return LowRank(jnp.broadcast_to(jnp.log(rest)[:, None], diagonal.shape), vectors[:, :, -rank:] * top[:, None, :])
+
+
+@eqx.filter_jit
+def balanced_start(
+    x0: Float[Array, " n d"],
+    x1: Float[Array, " m d"],
+    epsilon: Float[Array, ""],
+    *,
+    num_components: int,
+    kind: str,
+    rank: int,
+    key: Key[Array, ""],
+) -> MixturePotential:
+    """A potential whose components sit on clusters of the target and share the source according to their masses.
+
+    Args:
+        x0: samples of the source, at most `MAX_POINTS` are used, shape (n, d).
+        x1: samples of the target, likewise, shape (m, d).
+        epsilon: variance of the reference at t = 1.
+        num_components: K.
+        kind: covariance family.
+        rank: columns of the low-rank family.
+        key: typed PRNG key.
+
+    Returns:
+        The potential, centered at the mean of the target.
+    """
+    center = x1.mean(0)
+    z0, z1 = (x0 - center)[:MAX_POINTS], (x1 - center)[:MAX_POINTS]
+    d = x1.shape[1]
+    centers = kmeans(z1, num_components, key=key)
+    masses, covs = _clusters(z1, centers)
+    cov0 = jnp.cov(z0.T).reshape(d, d)
+    cov0 = cov0 + 1e-5 * jnp.trace(cov0) / d * jnp.eye(d, dtype=cov0.dtype)
+    if kind in ("iso", "diag"):  # the Riccati equation of each coordinate alone
+        per_axis = riccati(
+            jnp.diagonal(cov0)[:, None, None], jnp.diagonal(covs, axis1=-2, axis2=-1)[..., None, None], epsilon
+        )[..., 0, 0]
+        matrices = per_axis[..., None] * jnp.eye(d, dtype=covs.dtype)
+    else:
+        matrices = riccati(cov0, covs, epsilon)
+    scale = _family(kind, matrices, rank)
+    shifts = centers - jnp.einsum("kde,e->kd", matrices, z0.mean(0))
+    potential = MixturePotential(jnp.zeros(num_components, x1.dtype), shifts, scale, epsilon, center)
+    terms = jax.vmap(lambda x: potential.terms(x, 0.0))(x0[:MAX_POINTS])
+    return eqx.tree_at(lambda p: p.log_weights, potential, balance(terms, masses))
+
+
+def published_start(
+    x1: Float[Array, " m d"],
+    epsilon: Float[Array, ""],
+    *,
+    num_components: int,
+    kind: str,
+    rank: int,
+    start_scale: float,
+    key: Key[Array, ""],
+) -> MixturePotential:
+    """The start of the published solver: shifts at random targets, equal weights, one small isotropic scale.
+
+    Args:
+        x1: samples of the target, shape (m, d).
+        epsilon: variance of the reference at t = 1.
+        num_components: K.
+        kind: covariance family.
+        rank: columns of the low-rank family.
+        start_scale: the value of every S_k.
+        key: typed PRNG key.
+
+    Returns:
+        The potential.
+    """
+    key_shift, key_factor = jr.split(key)
+    d = x1.shape[1]
+    shifts = x1[jr.choice(key_shift, x1.shape[0], (num_components,), replace=False)]
+    eye = jnp.broadcast_to(start_scale * jnp.eye(d, dtype=x1.dtype), (num_components, d, d))
+    scale = _family(kind, eye, rank)
+    if isinstance(scale, LowRank):
+        factors = 0.1 * jnp.sqrt(start_scale) * jr.normal(key_factor, scale.factors.shape, x1.dtype)
+        scale = LowRank(scale.log_values, factors)
+    log_weights = jnp.full(num_components, -jnp.log(num_components), x1.dtype)
+    return MixturePotential(log_weights, shifts, scale, epsilon, jnp.zeros(d, x1.dtype))

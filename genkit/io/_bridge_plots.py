@@ -1,0 +1,51 @@
+"""Pictures of bridges: paths in the plane between two clouds, and objective traces."""
+
+import os
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from .._core._checks import check, check_finite
+from .._core._files import atomic_file
+
+
+def plot_paths(
+    path: str | os.PathLike[str],
+    paths: ArrayLike,
+    *,
+    source: ArrayLike | None = None,
+    target: ArrayLike | None = None,
+    title: str = "",
+) -> None:
+    """Save a picture of paths in the plane of their first two coordinates.
+
+    Args:
+        path: the file to write or to replace.
+        paths: states along paths, shape (n, num_times, d) with d >= 2.
+        source: samples of the law at t = 0, shape (m, d), drawn as a cloud.
+        target: samples of the law at t = 1, shape (m, d), drawn as a cloud.
+        title: text above the picture.
+
+    Raises:
+        ValueError: if the shape is another one.
+        NonFiniteError: if there is NaN or infinity.
+    """
+    from matplotlib.figure import Figure
+
+    paths = np.asarray(paths, np.float64)
+    check(paths.ndim == 3 and paths.shape[-1] >= 2, "paths", "of shape (n, num_times, d), d >= 2", f"{paths.shape}")
+    check_finite("paths", paths)
+    figure = Figure(figsize=(5, 5), dpi=120, layout="constrained")
+    axes: Any = figure.add_subplot()
+    for cloud, color in ((source, "tab:blue"), (target, "tab:orange")):
+        if cloud is not None:
+            cloud = np.asarray(cloud, np.float64)
+            axes.scatter(cloud[:, 0], cloud[:, 1], s=4, color=color, alpha=0.3, linewidths=0)
+    axes.plot(paths[..., 0].T, paths[..., 1].T, color="black", alpha=0.35, linewidth=0.6)
+    axes.scatter(paths[:, 0, 0], paths[:, 0, 1], s=10, color="tab:blue", zorder=3)
+    axes.scatter(paths[:, -1, 0], paths[:, -1, 1], s=10, color="tab:orange", zorder=3)
+    axes.set_aspect("equal")
+    axes.set_title(title)
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png")

@@ -1,0 +1,45 @@
+"""Schrödinger bridge from handwritten threes to eights, in sixteen principal components.
+
+What: a light bridge of 5 full-covariance components at epsilon = 0.1 (pixels in [-1, 1]); states decode to pictures by
+`decode`, which the file exposes for scripts.
+Source: Korotin, Gushchin, Burnaev, "Light Schrödinger bridge", ICLR 2024; data: gk.data.digits().
+Cost: about ten seconds on two cores.
+Expect: a held-out objective below that of a single full Gaussian.
+"""
+
+import numpy as np
+
+import genkit as gk
+
+
+NUM_COMPONENTS, EPSILON = 16, 0.1
+
+digits = gk.data.digits()
+pixels = np.asarray(digits.x_train).reshape(-1, 64)
+labels = np.asarray(digits.y_train)
+both = pixels[(labels == 3) | (labels == 8)]
+mean = both.mean(0)
+axes = np.linalg.svd(both - mean, full_matrices=False)[2][:NUM_COMPONENTS]
+
+
+def encode(x):
+    """Pictures (n, 1, 8, 8) to principal components (n, 16)."""
+    return (np.asarray(x).reshape(-1, 64) - mean) @ axes.T
+
+
+def decode(z):
+    """Principal components (n, 16) to pictures (n, 1, 8, 8)."""
+    return (np.asarray(z) @ axes + mean).reshape(-1, 1, 8, 8)
+
+
+recipe = gk.bridge.recipe(
+    encode(pixels[labels == 3]),
+    encode(pixels[labels == 8]),
+    EPSILON,
+    5,
+    scale="full",
+    num_steps=1_500,
+    learning_rate=2e-3,
+    batch_size=128,
+    name="bridge_digits",
+)

@@ -1,0 +1,194 @@
+"""Fitting light bridges: metrics, start, guard, other routes, wrong input."""
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from bridge.helpers import pair_1d, rotated_pair
+
+import genkit as gk
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return rotated_pair(2, 1.0, key=jr.key(7))
+
+
+@pytest.fixture(scope="module")
+def data(pair):
+    return pair.sample(4000, key=jr.key(0)), pair.sample(2000, key=jr.key(1))
+
+
+def test_metrics_vanish_on_the_truth_and_agree_with_each_other(pair, data):
+    _, (y0, y1) = data
+    truth = pair.bridge
+    assert float(gk.bridge.plan_kl(truth, truth, y0, y1)) == 0.0
+    assert float(gk.bridge.cbw2_uvp(truth, truth, y0[:50], y1)) < 1e-3
+    other = gk.bridge.Bridge(eqx.tree_at(lambda p: p.shifts, truth.potential, replace_fn=lambda r: r + 0.3))
+    assert float(gk.bridge.cbw2_uvp(other, truth, y0[:50], y1)) > 0.1
+    # Two estimators of one divergence; their spread is bounded by that of the log-ratio and of the energies.
+    log_plan = lambda b: b.potential.log_value(y1, 1.0) - b.potential.log_value(y0, 0.0)
+    ratio = log_plan(truth) - log_plan(other)
+    static = float(gk.bridge.plan_kl(truth, other, y0, y1))
+    dynamic = float(gk.bridge.path_kl(truth, other, y0, key=jr.key(2)))
+    assert abs(static - dynamic) < 4.9 * float(ratio.std()) / np.sqrt(len(y0)) * np.sqrt(2)
+    assert dynamic > 0.01
+
+
+def test_bw2_of_commuting_gaussians():
+    value = gk.bridge.bw2_uvp(jnp.zeros(2), jnp.diag(jnp.array([4.0, 1.0])), jnp.ones(2), jnp.eye(2), 10.0)
+    np.testing.assert_allclose(value, 100 * (2.0 + 1.0) / 10.0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", ["iso", "diag", "full", "lowrank"])
+def test_objective_falls_and_the_bridge_lands_on_the_target(data, scale):
+    (x0, x1), (y0, y1) = data
+    bridge, report = gk.bridge.fit_light(x0, x1, 1.0, 5, scale=scale, num_steps=300, rank=1, key=jr.key(1))
+    assert report.objective.shape == (300,)
+    assert float(report.objective[-50:].mean()) < float(report.objective[:10].mean())
+    assert float(report.effective_components) > 3
+    assert float(report.end_marginal_error) < 0.03
+    # Held out, better than one Gaussian of both ends.
+    single = gk.bridge.gaussian(x0.mean(0), jnp.cov(x0.T), x1.mean(0), jnp.cov(x1.T), 1.0)
+    assert float(bridge.objective(y0, y1)) < float(single.objective(y0, y1)) - 0.1
+    # The objective estimates the divergence up to a constant: differences agree.
+    np.testing.assert_allclose(
+        bridge.objective(x0, x1), jnp.mean(bridge.potential.log_c(x0) - bridge.potential.log_v(x1)), rtol=1e-5
+    )
+
+
+def test_full_scale_recovers_a_rotated_pair(pair, data):
+    (x0, x1), (y0, y1) = data
+    bridge, _ = gk.bridge.fit_light(x0, x1, 1.0, 5, scale="full", num_steps=800, key=jr.key(1))
+    assert float(gk.bridge.plan_kl(pair.bridge, bridge, y0, y1)) < 0.01
+    # 4,000 fitting pairs here; the tables with 20,000 are slow tests.
+    assert float(gk.bridge.cbw2_uvp(bridge, pair.bridge, y0[:300], y1)) < 0.2
+
+
+def test_lbfgs_reaches_a_lower_training_objective_than_its_start(data):
+    (x0, x1), _ = data
+    _, report = gk.bridge.fit_light(x0, x1, 1.0, 5, scale="full", optimizer="lbfgs", num_steps=40, key=jr.key(1))
+    assert float(report.objective[-1]) < float(report.objective[0])
+    assert bool(jnp.all(jnp.diff(report.objective) < 1e-3))
+
+
+def test_fitting_compiles_once_and_sweeps_epsilon_and_rate(data, compilations):
+    (x0, x1), _ = data
+    fit = lambda epsilon, rate, key: gk.bridge.fit_light(
+        x0, x1, epsilon, 3, num_steps=20, learning_rate=rate, key=jr.key(key)
+    )
+    fit(1.0, 1e-3, 0)
+    with compilations() as count:
+        fit(0.5, 2e-3, 1)
+    assert count() == 0
+
+
+def test_start_is_balanced_at_small_epsilon():
+    """Newton's weights give every component its mass, where the plain start lets few carry all."""
+    from genkit.bridge._fit_light import component_masses, start_bridge
+
+    key0, key1, key = jr.split(jr.key(0), 3)
+    x0, x1 = jr.normal(key0, (2000, 8)), 3.0 * jr.normal(key1, (2000, 8))
+    epsilon = jnp.asarray(0.1)
+    masses = {}
+    for init in ("balanced", "published"):
+        potential = start_bridge(x0, x1, epsilon, 12, scale="diag", init=init, rank=1, key=key)
+        masses[init] = component_masses(potential, x0, x1)[0]
+    effective = {init: float(1 / jnp.sum(m**2)) for init, m in masses.items()}
+    assert effective["balanced"] > 8 > effective["published"]
+
+
+def test_guard_revives_a_dead_component(data):
+    from genkit.bridge._fit_light import _revive, component_masses
+    from genkit.bridge._objectives import light_optimizer
+
+    (x0, x1), _ = data
+    bridge, _ = gk.bridge.fit_light(x0, x1, 1.0, 4, num_steps=50, key=jr.key(1))
+    dead = eqx.tree_at(lambda p: p.log_weights, bridge.potential, replace_fn=lambda w: w.at[2].set(-60.0))
+    assert float(component_masses(dead, x0, x1)[:, 2].max()) < 1e-6
+    params = eqx.filter(dead, eqx.is_inexact_array)
+    state = light_optimizer(1e-3, 1.0, 1.0).init(params)
+    alive, _, revived = _revive(dead, state, x0, x1, jr.key(0))
+    assert bool(revived) and float(component_masses(alive, x0, x1)[:, 2].min()) > 0.02
+    same, _, revived = _revive(bridge.potential, state, x0, x1, jr.key(0))
+    assert not bool(revived)
+    np.testing.assert_array_equal(same.shifts, bridge.potential.shifts)
+
+
+def test_matching_and_sf2m_run_and_learn(data):
+    (x0, x1), (y0, y1) = data
+    bridge, report = gk.bridge.fit_matching(x0, x1, 1.0, 5, num_steps=200, key=jr.key(1))
+    single = gk.bridge.gaussian(x0.mean(0), jnp.cov(x0.T), x1.mean(0), jnp.cov(x1.T), 1.0)
+    assert float(bridge.objective(y0, y1)) < float(single.objective(y0, y1)) - 0.1
+    assert bool(jnp.isfinite(report.objective).all())
+    neural, losses = gk.bridge.sf2m(x0, x1, 1.0, num_steps=150, batch_size=64, key=jr.key(2))
+    assert float(losses[-30:].mean()) < 0.7 * float(losses[:5].mean())
+    paths = neural.sample(y0[:6], jnp.array([0.5, 1.0]), key=jr.key(3))
+    assert paths.shape == (6, 2, 2) and neural.drift(0.3, y0[:4]).shape == (4, 2)
+    assert neural.epsilon == 1.0
+
+
+def test_samplers_through_the_verb():
+    pair = pair_1d()
+    bridge = gk.bridge.Bridge(pair.bridge.potential).with_source(pair.sample(500, key=jr.key(0))[0])
+    exact = gk.sample(gk.bridge.ExactPaths(10), bridge, 4000, key=jr.key(1), trajectory=True)
+    assert exact.value.shape == (4000, 1) and exact.trajectory.shape == (4000, 11, 1)
+    euler = gk.sample(gk.bridge.EulerPaths(100), bridge, 4000, key=jr.key(2))
+    assert euler.nfe.tolist() == [100] * 4000
+    spread = float(exact.value.std()) * np.sqrt(2 / 4000)
+    assert abs(float(exact.value.mean() - euler.value.mean())) < 4.9 * spread + 0.02  # weak error of 100 steps
+    with pytest.raises(ValueError, match="x_init"):
+        gk.sample(gk.bridge.ExactPaths(), pair.bridge, 3, key=jr.key(0))
+
+
+def test_wrong_input():
+    key = jr.key(0)
+    x = jr.normal(key, (100, 3))
+    fit = lambda *args, **kwargs: gk.bridge.fit_light(*args, num_steps=2, key=jr.key(1), **kwargs)
+    for epsilon in (0.0, -0.1, float("inf")):
+        with pytest.raises(ValueError, match="epsilon"):
+            fit(x, x, epsilon, 2)
+        with pytest.raises(ValueError, match="epsilon"):
+            gk.bridge.gaussian(jnp.zeros(2), jnp.eye(2), jnp.zeros(2), jnp.eye(2), epsilon)
+        with pytest.raises(ValueError, match="epsilon"):
+            gk.bridge.light(jnp.zeros(1), jnp.zeros((1, 2)), jnp.ones(1), epsilon)
+    with pytest.raises(ValueError, match=r"`x1` must be of shape \(\*, 3\)"):
+        fit(x, x[:, :2], 0.1, 2)
+    with pytest.raises(ValueError, match="at least 120 samples"):
+        fit(x, x, 0.1, 60)
+    with pytest.raises(ValueError, match="nonzero variance"):
+        fit(x.at[:, 1].set(2.0), x, 0.1, 2)
+    with pytest.raises(ValueError, match="full-rank covariance"):
+        fit(x, jnp.stack([x[:, 0], x[:, 1], x[:, 0] + x[:, 1]], 1), 0.1, 2, scale="full")
+    with pytest.raises(ValueError, match="'diag'"):
+        fit(x, x, 0.1, 2, scale="diagonal")
+    with pytest.raises(gk.NonFiniteError, match="x0"):
+        fit(x.at[0, 0].set(jnp.nan), x, 0.1, 2)
+    with pytest.raises(TypeError, match="key"):
+        gk.bridge.fit_light(x, x, 0.1, 2, key=3)
+    with pytest.raises(ValueError, match="positive definite"):
+        gk.bridge.gaussian(jnp.zeros(2), jnp.ones((2, 2)), jnp.zeros(2), jnp.eye(2), 1.0)
+    with pytest.raises(ValueError, match="mean1"):
+        gk.bridge.gaussian(jnp.zeros(2), jnp.eye(2), jnp.zeros(3), jnp.eye(3), 1.0)
+    part = (jnp.array([0.5, 0.6]), jnp.zeros((2, 1)), jnp.ones((2, 1)))
+    with pytest.raises(ValueError, match="sum to one"):
+        gk.bridge.mixture_pair(part, part, 1.0)
+    with pytest.raises(ValueError, match="positive"):
+        gk.bridge.light(jnp.zeros(1), jnp.zeros((1, 2)), -jnp.ones(1), 1.0)
+    bridge = gk.bridge.light(jnp.zeros(1), jnp.zeros((1, 2)), jnp.ones(1), 1.0)
+    for t in (-0.1, 1.1):
+        with pytest.raises(ValueError, match=r"`t` must be in \[0.0, 1.0\]"):
+            bridge.drift(t, jnp.zeros(2))
+        with pytest.raises(ValueError, match=r"`ts` must be in \[0.0, 1.0\]"):
+            bridge.sample(jnp.zeros(2), jnp.array([t]), key=jr.key(2))
+    with pytest.raises(ValueError, match="non-decreasing"):
+        bridge.sample(jnp.zeros(2), jnp.array([0.5, 0.2]), key=jr.key(2))
+    with pytest.raises(ValueError, match="strictly increasing"):
+        bridge.path_log_prob(jnp.array([0.0, 0.5, 0.5]), jnp.zeros((3, 2)))
+    with pytest.raises(ValueError, match="x0"):
+        bridge.sample(jnp.zeros(3), jnp.array([1.0]), key=jr.key(2))
+    with pytest.raises(ValueError, match="earlier"):
+        bridge.transition_log_prob(0.5, jnp.zeros(2), 0.2, jnp.zeros(2))
+    with pytest.raises(ValueError, match="with_source"):
+        bridge.reverse()

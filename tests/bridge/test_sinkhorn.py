@@ -1,0 +1,122 @@
+"""Discrete plans: against closed forms, their bridges, their gradients; the Monge gap."""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+import genkit as gk
+
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+@pytest.fixture(scope="module")
+def points():
+    with jax.enable_x64(True):
+        return jr.normal(jr.key(0), (6, 2)), jr.normal(jr.key(1), (7, 2)) + 0.5
+
+
+def test_plan_value_and_marginals(points):
+    x, y = points
+    plan = gk.bridge.sinkhorn(x, y, 0.3, tol=1e-12)
+    assert bool(plan.converged)
+    matrix = plan.plan
+    np.testing.assert_allclose(matrix.sum(0), 1 / 7, rtol=1e-10)
+    np.testing.assert_allclose(matrix.sum(1), 1 / 6, rtol=1e-10)
+    cost = 0.5 * ((x[:, None] - y) ** 2).sum(-1)
+    np.testing.assert_allclose(plan.cost, (matrix * cost).sum(), rtol=1e-12)
+    np.testing.assert_allclose(plan.value, plan.cost + 0.3 * (matrix * jnp.log(matrix * 42)).sum(), rtol=1e-10)
+
+
+def test_gradients_of_plan_and_value_against_finite_differences(points):
+    x, y = points
+
+    def fn(x, epsilon):
+        plan = gk.bridge.sinkhorn(x, y, epsilon, tol=1e-13)
+        return jnp.sum(plan.plan**2) + plan.value
+
+    gradient, slope = jax.grad(fn, (0, 1))(x, jnp.asarray(0.3))
+    direction, h = jr.normal(jr.key(3), x.shape), 1e-5
+    difference = (fn(x + h * direction, 0.3) - fn(x - h * direction, 0.3)) / (2 * h)
+    np.testing.assert_allclose(jnp.sum(gradient * direction), difference, rtol=1e-6)
+    np.testing.assert_allclose(slope, (fn(x, 0.3 + h) - fn(x, 0.3 - h)) / (2 * h), rtol=1e-6)
+
+
+def test_unbalanced_gradient_and_gaussian_closed_form():
+    """Unbalanced entropic transport between Gaussians on a grid, against its optimality conditions in closed form.
+
+    With quadratic potentials f = a0 - a2 x^2 / 2 and equal ends N(0, s), the fixed point of the soft marginal update is
+    a scalar equation for a2, solved here by bisection, independently of the kernel.
+    """
+    s, epsilon, tau = 0.8, 0.5, 1.3
+    rho = tau / (tau + epsilon)
+
+    def update(c):
+        # f(x) = -rho eps log int N(y; 0, s) exp((const - c y^2/2 - (x-y)^2/2) / eps) dy has curvature below.
+        precision = 1 / s + (c + 1) / epsilon
+        return rho * (1 - 1 / (epsilon * precision)), 0.5 * np.log(s * precision)
+
+    lo, hi = -0.9, 5.0
+    for _ in range(200):
+        mid = 0.5 * (lo + hi)
+        lo, hi = (lo, mid) if -update(mid)[0] < mid else (mid, hi)
+    curvature, half_logdet = -mid, update(mid)[1]
+    # constant term: f0 = -rho (g0 - eps/2 log(s precision)), symmetric f0 = g0.
+    constant = rho * epsilon * half_logdet / (1 + rho)
+    grid = np.linspace(-8, 8, 801)[:, None]
+    weights = np.exp(-0.5 * grid[:, 0] ** 2 / s)
+    weights /= weights.sum()
+    plan = gk.bridge.sinkhorn(grid, grid, epsilon, a=weights, b=weights, tau=tau, tol=1e-12)
+    assert bool(plan.converged)
+    expected = constant + 0.5 * curvature * grid[:, 0] ** 2
+    middle = np.abs(grid[:, 0]) < 3
+    np.testing.assert_allclose(plan.potentials[0][middle], expected[middle], rtol=0, atol=1e-8)
+    np.testing.assert_allclose(plan.potentials[1][middle], expected[middle], rtol=0, atol=1e-8)
+
+
+def test_gaussian_value_from_a_grid():
+    """Entropic value between N(-.1, 1) and N(.1, 1) at epsilon 1: half the squared displacement plus MI."""
+    grid = np.linspace(-8, 8, 641)[:, None]
+    weight = lambda m: (lambda w: w / w.sum())(np.exp(-0.5 * (grid[:, 0] - m) ** 2))
+    plan = gk.bridge.sinkhorn(grid, grid, 1.0, a=weight(-0.1), b=weight(0.1), tol=1e-12)
+    scale = (np.sqrt(5) - 1) / 2
+    expected = 0.5 * (0.04 + 2 - 2 * scale) - 0.5 * np.log(scale)
+    np.testing.assert_allclose(plan.value, expected, rtol=1e-9)
+
+
+def test_bridge_of_a_plan(points):
+    x, y = points
+    plan = gk.bridge.sinkhorn(x, y, 0.3, tol=1e-13)
+    bridge = plan.to_bridge()
+    probs = bridge.coupling(x).mixing_distribution.probs
+    np.testing.assert_allclose(probs, plan.plan * 6, rtol=0, atol=1e-11)
+    z, t = jnp.array([[0.2, -0.1], [1.0, 0.4]]), 0.6
+    logits = plan.potentials[1] / 0.3 - ((z[:, None] - y) ** 2).sum(-1) / (2 * 0.3 * (1 - t)) + plan.log_b
+    published = (jax.nn.softmax(logits) @ y - z) / (1 - t)
+    np.testing.assert_allclose(bridge.drift(t, z), published, rtol=1e-10)
+    means = (1 - t) * x[:, None] + t * y
+    var = 0.3 * t * (1 - t)
+    terms = -0.5 * ((z[:, None, None] - means) ** 2).sum(-1) / var - jnp.log(2 * jnp.pi * var)
+    mixture = jax.nn.logsumexp(terms + jnp.log(plan.plan), axis=(1, 2))
+    np.testing.assert_allclose(bridge.marginal_log_prob(t, z), mixture, rtol=0, atol=1e-10)
+    start = bridge.reverse().coupling(y).mixing_distribution.probs
+    np.testing.assert_allclose(start, plan.plan.T * 7, rtol=0, atol=1e-10)
+
+
+def test_wrong_input(points):
+    x, y = points
+    for epsilon in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="epsilon"):
+            gk.bridge.sinkhorn(x, y, epsilon)
+    with pytest.raises(ValueError, match="Both ends live in one space"):
+        gk.bridge.sinkhorn(x, jnp.zeros((3, 3)), 0.1)
+    with pytest.raises(ValueError, match="weights that sum to one"):
+        gk.bridge.sinkhorn(x, y, 0.1, a=jnp.ones(6))
+    with pytest.raises(ValueError, match="non-negative"):
+        gk.bridge.sinkhorn(x, y, 0.1, a=jnp.array([1.5, -0.5, 0, 0, 0, 0]))
+    short = gk.bridge.sinkhorn(x, y, 1e-3, max_iterations=3)
+    assert not bool(short.converged) and float(short.marginal_error) > 1e-3
+    with pytest.raises(ValueError, match="marginal error of .* after 3 iterations"):
+        short.to_bridge()
