@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+
 _FROZEN = "genkit_frozen"
 
 

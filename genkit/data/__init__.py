@@ -2,6 +2,7 @@
 
 from ._batches import Batches as Batches, Generated as Generated
 from ._digits import Digits as Digits, digits as digits
+from ._host import Host as Host
 from ._toys import (
     checkerboard as checkerboard,
     eight_gaussians as eight_gaussians,

@@ -4,6 +4,7 @@ import equinox as eqx
 import numpy as np
 from jaxtyping import Float, Int
 
+
 _NUM_TEST = 397
 _SPLIT_SEED = 0
 

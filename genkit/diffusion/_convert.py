@@ -7,6 +7,7 @@ from jaxtyping import Array, ArrayLike, Float, Inexact
 
 from genkit._core._checks import check, check_choice
 
+
 PREDICTIONS = ("F", "eps", "v", "x0", "velocity", "score")
 
 

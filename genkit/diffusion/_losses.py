@@ -10,7 +10,7 @@ import jax.random as jr
 import numpyro.distributions as dist
 from jaxtyping import Array, Float, Key, PyTree
 
-from genkit._core import null_like
+from genkit._core import Objective, null_like
 from genkit._core._checks import check, check_interval, describe
 from genkit._core._fields import as_number, number_field
 
@@ -30,7 +30,7 @@ def _check_law(name: str, law: Any) -> None:
     check(law.batch_shape == () and law.event_shape == (), name, "a scalar law", f"shape {law.shape()}")
 
 
-class DenoisingScoreMatching(eqx.Module):
+class DenoisingScoreMatching(Objective):
     r"""Denoising score matching, as a regression of the clean example on the noisy one.
 
     $$L = E_{\sigma \sim \text{noise\_law}}\; E_{x_0, \varepsilon}\; w(\sigma)\, |D(x_0 + \sigma\varepsilon, \sigma, c) - x_0|^2 ,$$
@@ -96,16 +96,17 @@ class DenoisingScoreMatching(eqx.Module):
         return _regress(model, x0, noise, sigma, cond, jax.vmap(weight)(sigma))
 
 
-class FlowMatching(eqx.Module):
+class FlowMatching(Objective):
     r"""Conditional flow matching: regression of the velocity along the paths of a schedule.
 
     $$L = E_{t}\, E_{x_0, \varepsilon}\, |u(x_t, t, c) - (\dot\alpha_t x_0 + \dot\sigma_t\varepsilon)|^2, \qquad
       x_t = \alpha_t x_0 + \sigma_t\varepsilon,$$
 
     with $u$ the velocity of the denoiser, so that any denoiser can be trained by it. It is computed as the equal
-    $(d_t/\sigma_t)^2 |D - x_0|^2$, $d = \alpha\dot\sigma - \dot\alpha\sigma$, in the coordinates $x_t/\alpha_t$ of the denoiser. The
-    squared norm is summed over the coordinates, the mean taken over the batch, and times cover their law evenly as the
-    noise levels of `DenoisingScoreMatching` do. Train `Preconditioned(net, "velocity", schedule=CondOT())` with it.
+    $(d_t/\sigma_t)^2 |D - x_0|^2$, where $d = \alpha\dot\sigma - \dot\alpha\sigma$, in the denoiser's coordinates
+    $x_t/\alpha_t$. The squared norm is summed over the coordinates, the mean taken over the batch, and times cover
+    their law evenly as the noise levels of `DenoisingScoreMatching` do. Train
+    `Preconditioned(net, "velocity", schedule=CondOT())` with it.
 
     Args:
         schedule: the paths.

@@ -22,7 +22,7 @@ class Preconditioned(Denoiser):
     With `prediction="F"` the input and the output of the network have unit variance at every noise level,
 
     $$D = c_{skip} x + c_{out}\, \mathrm{net}(c_{in} x, \tfrac14 \log\sigma, c), \qquad
-      c_{in} = \frac1{\sqrt{\sigma_d^2 + \sigma^2}},\; c_{skip} = \sigma_d^2 c_{in}^2,\; c_{out} = \sigma\sigma_d c_{in}.$$
+      c_{in} = (\sigma_d^2 + \sigma^2)^{-1/2},\; c_{skip} = \sigma_d^2 c_{in}^2,\; c_{out} = \sigma\sigma_d c_{in}.$$
 
     With any other prediction the network works in the coordinates of its own schedule: it is called as
     `net(x_t, t, cond)` with $t$ the time of $\sigma$ and $x_t = \alpha_t x$, and its output is converted exactly. At
@@ -45,7 +45,7 @@ class Preconditioned(Denoiser):
         >>> import genkit as gk
         >>> net = lambda x, t, cond: jnp.zeros_like(x)
         >>> denoiser = gk.diffusion.Preconditioned(net, sigma_data=0.5)
-        >>> denoiser(jnp.array([2.0]), jnp.array(0.5)).tolist()
+        >>> denoiser(jnp.array([2.0]), jnp.array(0.5)).round(5).tolist()
         [1.0]
 
     Source: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", NeurIPS 2022, section 5

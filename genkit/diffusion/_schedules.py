@@ -9,6 +9,7 @@ from jaxtyping import Array, ArrayLike, Float, Real
 
 from genkit._core._fields import as_number
 
+
 # Where the clock starts for derived rates: at t = 0 exactly sigma * sigma_dot may be 0 * inf although its limit is
 # finite (VP). The number only has to be small against every time one uses and its square root far from underflow.
 _FIRST_INSTANT = 1e-30
