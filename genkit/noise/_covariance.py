@@ -93,7 +93,7 @@ def _kind_two(h: Array, lo: Array, gap: Array) -> Array:
 
 
 def fgn_autocovariance(hurst: ArrayLike, num: int) -> Float[Array, " num"]:
-    r"""Autocovariance $r_k=\tfrac12(|k+1|^{2H}-2k^{2H}+|k-1|^{2H})$ of unit-step fractional Gaussian noise, k = 0..num-1.
+    r"""Autocovariance $r_k=\tfrac12(|k+1|^{2H}-2k^{2H}+|k-1|^{2H})$ of unit-step fractional Gaussian noise.
 
     Args:
         hurst: Hurst index in (0, 1), a scalar.
@@ -104,6 +104,11 @@ def fgn_autocovariance(hurst: ArrayLike, num: int) -> Float[Array, " num"]:
 
     Raises:
         ValueError: if `hurst` is outside (0, 1) or `num` is not a positive integer.
+
+    Example:
+        >>> from genkit.noise import fgn_autocovariance
+        >>> [round(float(r), 4) for r in fgn_autocovariance(0.7, 3)]
+        [1.0, 0.3195, 0.1887]
     """
     check_interval("hurst", hurst, 0, 1, open_lo=True, open_hi=True)
     check_count("num", num)
@@ -154,6 +159,11 @@ def fou_covariance(
 
     Raises:
         ValueError: if `hurst` is outside (0, 1), a time is negative or `kind` is unknown.
+
+    Example:
+        >>> from genkit.noise import fou_covariance
+        >>> round(float(fou_covariance(0.7, 2.0, 2.0, 1.0)), 4)
+        0.5643
 
     Source: kind I is the formula of Cheridito, Kawaguchi and Maejima, "Fractional Ornstein-Uhlenbeck processes",
     2003, for a start at 0 (the reduction to single integrals was derived for this library).
@@ -207,6 +217,11 @@ def stationary_fou_variance(hurst: ArrayLike, theta: ArrayLike, sigma: ArrayLike
 
     Raises:
         ValueError: if `hurst` is outside (0, 1) or `theta` is not positive.
+
+    Example:
+        >>> from genkit.noise import stationary_fou_variance
+        >>> float(stationary_fou_variance(0.5, 1.0))
+        0.5
     """
     check_interval("hurst", hurst, 0, 1, open_lo=True, open_hi=True)
     check_positive("theta", theta)

@@ -35,6 +35,11 @@ class Lift(eqx.Module):
         hi: largest speed.
         kind: "I", "II" or "I-published".
 
+    Example:
+        >>> from genkit.noise import ma_fbm
+        >>> ma_fbm(5, 0.05, 1e3).weights(0.7).shape
+        (5,)
+
     Source: Harms and Stefanovits, "Affine representations of fractional processes with applications in mathematical
     finance", 2019; Daems et al., "Variational inference for SDEs driven by fractional noise", ICLR 2024 (weights of
     kinds "II" and "I-published"). The separate law of the history (kind "I") was derived for this library.
@@ -205,5 +210,10 @@ def brownian() -> Lift:
 
     Returns:
         A `Lift`; its Hurst index is 1/2.
+
+    Example:
+        >>> from genkit.noise import brownian
+        >>> float(brownian().covariance(0.5, 0.2, 0.7))
+        0.2...
     """
     return Lift(0, 0.0, 0.0, "I")

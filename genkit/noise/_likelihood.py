@@ -52,6 +52,13 @@ def fgn_whiten(increments: Float[ArrayLike, " n"], hurst: ArrayLike) -> tuple[Fl
     Raises:
         ValueError: if `hurst` is outside (0, 1) or the series is not one-dimensional.
 
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from genkit.noise import fgn_whiten
+        >>> white, log_det = fgn_whiten(jnp.array([1.0, -1.0]), 0.5)
+        >>> [float(w) for w in white], float(log_det)
+        ([1.0, -1.0], 0.0)
+
     Source: Brockwell and Davis, "Time Series: Theory and Methods", section 5.2 (Durbin-Levinson).
     """
     check_interval("hurst", hurst, 0, 1, open_lo=True, open_hi=True)

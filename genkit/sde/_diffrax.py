@@ -17,8 +17,8 @@ def as_terms(sde: FractionalSDE, *, tolerance: float | None = None, key: Key[Arr
     """The lifted model as `diffrax` terms on [0, horizon], driven by a virtual Brownian tree.
 
     The state is `(x, v)`, shapes (d,) and (d, K). Use a Stratonovich solver (`diffrax.Heun`, `EulerHeun`, ...) with
-    steps well below `horizon / lift.hi`: diffrax steps the fast processes explicitly. `simulate` has neither limit; this
-    is for diffrax's other solvers and for comparison.
+    steps well below `horizon / lift.hi`: diffrax steps the fast processes explicitly. `simulate` has neither limit;
+    this is for diffrax's other solvers and for comparison.
 
     Args:
         sde: the model, with a constant Hurst index.
@@ -30,13 +30,21 @@ def as_terms(sde: FractionalSDE, *, tolerance: float | None = None, key: Key[Arr
 
     Raises:
         ValueError: if the Hurst index varies.
+
+    Example:
+        >>> import diffrax, jax, genkit.noise as gn, genkit.sde as gs
+        >>> drift, lift = gs.OrnsteinUhlenbeck(1.0), gn.ma_fbm(2, 0.1, 10.0)
+        >>> model = gs.FractionalSDE(drift, gs.Constant(0.5), lift, hurst=0.7, horizon=1.0)
+        >>> terms, start = gs.as_terms(model, key=jax.random.key(0))
+        >>> diffrax.diffeqsolve(terms, diffrax.Heun(), 0.0, 1.0, 0.02, start).ys[0].shape
+        (1, 1)
     """
     import diffrax
 
     check_key(key)
     check(not sde.varying, "hurst", "constant in time for as_terms", "a function of time")
     key_past, key_x0, key_path = jr.split(key, 3)
-    grid = make_grid(sde, jnp.asarray([sde.horizon]))
+    grid = make_grid(sde, sde.horizon[None])
     driver = make_driver(sde, grid, make_table(sde, grid))
     d, k = driver.gain.shape
     rates = jnp.asarray(sde.lift.gamma, sde.dtype) / sde.horizon

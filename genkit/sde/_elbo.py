@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key
 from genkit._core._checks import check_count, check_key, is_concrete
 
 from ._grid import Grid, Noises, make_grid
-from ._guide import Guide, Plan
+from ._guide import AbstractGuide, Plan
 from ._model import FractionalSDE
 from ._observed import Observed
 from ._simulate import Paths, explain_blow_up, make_run, prepare, simulate_run
@@ -21,7 +21,7 @@ from ._simulate import Paths, explain_blow_up, make_run, prepare, simulate_run
 
 def log_weights(
     sde: FractionalSDE,
-    guide: Guide,
+    guide: AbstractGuide,
     observed: Observed,
     *,
     num_particles: int = 1,
@@ -50,6 +50,14 @@ def log_weights(
     Raises:
         ValueError: for times, steps and counts out of range.
         NonFiniteError: if a path blows up (outside jit), naming step and state.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, genkit.noise as gn, genkit.sde as gs
+        >>> model = gs.FractionalSDE(gs.OrnsteinUhlenbeck(1.0), gs.Constant(0.5), gn.brownian(), hurst=0.5, horizon=1.0)
+        >>> observed = gs.Observed(jnp.array([0.5, 1.0]), jnp.array([0.3, 0.1]), gs.GaussianNoise(0.1))
+        >>> guide = gs.LinearGuide(model, observed)
+        >>> gs.log_weights(model, guide, observed, num_particles=3, key=jax.random.key(0)).shape
+        (3,)
     """
     check_key(key)
     check_count("num_particles", num_particles)
@@ -61,7 +69,7 @@ def log_weights(
 
 def prepare_weights(
     sde: FractionalSDE,
-    guide: Guide,
+    guide: AbstractGuide,
     observed: Observed,
     grid: Grid,
     rows: tuple[int, ...],
@@ -72,24 +80,25 @@ def prepare_weights(
     """Log-weights and paths for given keys, on a grid whose requested times `rows` are the observations'."""
     noises, plan = prepare(sde, guide, grid)
     plan = plan if len(rows) == len(grid.slots) else None  # prepared for other boundaries
-    values, paths = _weigh(sde, guide, observed, grid, noises, plan, rows, keys, martingale)
+    values, paths = _weigh(sde, guide, observed, grid, noises, plan, rows, keys=keys, martingale=martingale)
     if is_concrete(values) and not bool(jnp.isfinite(values).all()):
         bad = int(jnp.argmax(~jnp.isfinite(values)))
         seen = tuple(grid.slots[i] for i in rows)
         first = jax.tree.map(lambda x: x[bad], paths)
-        explain_blow_up(sde, grid, noises, guide, plan, seen, None, keys[bad], first)
+        explain_blow_up(sde, grid, noises, guide, plan, seen, x0=None, key=jr.clone(keys)[bad], paths=first)
     return values, paths
 
 
 @eqx.filter_jit
 def _weigh(
     sde: FractionalSDE,
-    guide: Guide,
+    guide: AbstractGuide,
     observed: Observed,
     grid: Grid,
     noises: Noises,
     plan: Plan | None,
     rows: tuple[int, ...],
+    *,
     keys: Array,
     martingale: bool,
 ) -> tuple[Array, Paths]:
@@ -106,7 +115,7 @@ def _weigh(
 
 def elbo(
     sde: FractionalSDE,
-    guide: Guide,
+    guide: AbstractGuide,
     observed: Observed,
     *,
     num_particles: int = 1,
@@ -137,6 +146,14 @@ def elbo(
         ValueError: for times, steps and counts out of range.
         NonFiniteError: if a path blows up (outside jit), naming step and state.
 
+    Example:
+        >>> import jax, jax.numpy as jnp, genkit.noise as gn, genkit.sde as gs
+        >>> model = gs.FractionalSDE(gs.OrnsteinUhlenbeck(1.0), gs.Constant(0.5), gn.brownian(), hurst=0.5, horizon=1.0)
+        >>> observed = gs.Observed(jnp.array([0.5, 1.0]), jnp.array([0.3, 0.1]), gs.GaussianNoise(0.1))
+        >>> guide = gs.LinearGuide(model, observed)
+        >>> gs.elbo(model, guide, observed, key=jax.random.key(0)).shape
+        ()
+
     Source: Li et al., "Scalable gradients for stochastic differential equations", AISTATS 2020, equation 10; Daems et
     al., ICLR 2024, proposition 4. Discrete time and Gaussian transitions were derived for this library.
     """
@@ -146,7 +163,7 @@ def elbo(
 
 def iwelbo(
     sde: FractionalSDE,
-    guide: Guide,
+    guide: AbstractGuide,
     observed: Observed,
     *,
     num_particles: int = 1,
@@ -171,6 +188,14 @@ def iwelbo(
     Raises:
         ValueError: for times, steps and counts out of range.
         NonFiniteError: if a path blows up (outside jit), naming step and state.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, genkit.noise as gn, genkit.sde as gs
+        >>> model = gs.FractionalSDE(gs.OrnsteinUhlenbeck(1.0), gs.Constant(0.5), gn.brownian(), hurst=0.5, horizon=1.0)
+        >>> observed = gs.Observed(jnp.array([0.5, 1.0]), jnp.array([0.3, 0.1]), gs.GaussianNoise(0.1))
+        >>> guide = gs.LinearGuide(model, observed)
+        >>> gs.iwelbo(model, guide, observed, num_particles=3, key=jax.random.key(0)).shape
+        ()
 
     Source: Burda, Grosse and Salakhutdinov, "Importance weighted autoencoders", ICLR 2016, equation 8.
     """

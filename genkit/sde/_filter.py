@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from genkit._core._checks import check
@@ -102,7 +103,7 @@ def require_gaussian(sde: FractionalSDE, observed: Observed, who: str) -> None:
     check(ok, "likelihood", f"normal given the state for {who}", "another law", "Use `NeuralGuide` with `elbo`.")
 
 
-def place_rows(rows: Rows, slots: Array, num_steps: int) -> tuple[Rows, Rows]:
+def place_rows(rows: Rows, slots: ArrayLike, num_steps: int) -> tuple[Rows, Rows]:
     """Rows at the ends of steps, zero where nothing is observed, and those at time 0."""
     q, n = rows.matrix.shape[1:]
     index = jnp.asarray(slots)

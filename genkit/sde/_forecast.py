@@ -14,7 +14,7 @@ from genkit._core._checks import check, check_count, check_interval, check_key, 
 
 from ._elbo import prepare_weights
 from ._grid import make_grid
-from ._guide import Guide
+from ._guide import AbstractGuide
 from ._model import FractionalSDE
 from ._observed import Observed
 
@@ -46,7 +46,7 @@ class Forecast(eqx.Module):
 
 def forecast(
     sde: FractionalSDE,
-    guide: Guide,
+    guide: AbstractGuide,
     observed: Observed,
     ts: Float[ArrayLike, " n"],
     *,
@@ -78,6 +78,15 @@ def forecast(
     Raises:
         ValueError: for times, steps, counts or levels out of range.
         NonFiniteError: if a path blows up, naming step and state.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, genkit.noise as gn, genkit.sde as gs
+        >>> model = gs.FractionalSDE(gs.OrnsteinUhlenbeck(1.0), gs.Constant(0.5), gn.brownian(), hurst=0.5, horizon=1.0)
+        >>> observed = gs.Observed(jnp.array([0.5, 1.0]), jnp.array([0.3, 0.1]), gs.GaussianNoise(0.1))
+        >>> guide = gs.LinearGuide(model, observed)
+        >>> ahead = jnp.array([0.2, 0.7])
+        >>> gs.forecast(model, guide, observed, ahead, num_paths=4, key=jax.random.key(0)).mean.shape
+        (2, 1)
     """
     check_key(key)
     check_count("num_paths", num_paths, minimum=2)

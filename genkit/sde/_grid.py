@@ -130,7 +130,7 @@ def pivots(lift: Lift) -> tuple[int, ...]:
     return tuple(order)
 
 
-def _correlation(rates: np.ndarray, u: Any, xp: Any) -> Any:
+def _correlation(rates: Any, u: Any, xp: Any) -> Any:
     """Correlations of int exp(-rate_i (u - v)) dW(v) over a step of length u (batched)."""
     x = u[..., None] * rates
     own = xp.sqrt(phi1(2 * x, xp))

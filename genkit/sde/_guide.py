@@ -36,7 +36,7 @@ class Plan(NamedTuple):
     steps: Any
 
 
-class Guide(eqx.Module):
+class AbstractGuide(eqx.Module):
     """A law of the standard normals behind a path: of the history and the initial state, then of each step.
 
     All normals of a step are coordinates in which the model's own law is N(0, I); a guide returns theirs, with the
@@ -48,7 +48,7 @@ class Guide(eqx.Module):
         """Times that must be step boundaries, or `None`."""
 
     @abc.abstractmethod
-    def prepared_for(self, grid: Grid) -> Plan | None:
+    def prepared_for(self, grid: Grid, noises: Noises) -> Plan | None:
         """The plan for this grid if there is one already."""
 
     @abc.abstractmethod
@@ -74,7 +74,7 @@ def draw_gaussian(mean: Array, root: Array, log_det: Array, white: Array) -> tup
     return eps, log_ratio, divergence
 
 
-class LinearGuide(Guide):
+class LinearGuide(AbstractGuide):
     r"""The exact posterior of the linearised model: an affine control of every step, with its full covariance.
 
     The numerical step itself is linearised, so for affine drift, constant diffusion and normal observations every draw
@@ -136,9 +136,10 @@ class LinearGuide(Guide):
         """The observation times."""
         return self.observed.ts
 
-    def prepared_for(self, grid: Grid) -> Plan | None:
+    def prepared_for(self, grid: Grid, noises: Noises) -> Plan | None:
         """The plan made at construction, if it was for these steps (as far as can be seen)."""
-        if grid.num_steps != self.steps.shape[0]:
+        normals = self.sde.dim * (len(noises.columns) + (self.sde.step == "exact"))
+        if grid.num_steps != self.steps.shape[0] or normals != self.prepared.steps.root.shape[-1]:
             return None
         if is_concrete(grid.h) and is_concrete(self.steps):
             same = np.allclose(grid.h, self.steps, rtol=1e-4, atol=0.0)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
+from genkit._core import Objective
 from genkit._core._checks import check, check_count
 
 from ._elbo import elbo
@@ -25,6 +26,15 @@ class LatentSDE(eqx.Module):
         decoder: `decoder(x) -> numpyro law` of one observation.
         guide: a `NeuralGuide` built on one example series; it is conditioned on each series in turn.
 
+    Example:
+        >>> import jax, jax.numpy as jnp, genkit.noise as gn, genkit.sde as gs
+        >>> ts, y, decoder = jnp.array([0.5, 1.0]), jnp.ones((3, 2, 1)), gs.GaussianNoise(0.5)
+        >>> sde = gs.FractionalSDE(lambda t, x: -x, gs.Constant(1.0), gn.brownian(), 0.5, 1.0)
+        >>> guide = gs.NeuralGuide(sde, gs.Observed(ts, y[0], decoder), width=4, key=jax.random.key(0))
+        >>> model = gs.LatentSDE(sde, decoder, guide)
+        >>> model.observe(ts, y[0]).y.shape
+        (2, 1)
+
     Source: Li et al., "Scalable gradients for stochastic differential equations", AISTATS 2020, section 5, with
     fractional noise as in Daems et al., ICLR 2024.
     """
@@ -32,6 +42,15 @@ class LatentSDE(eqx.Module):
     sde: FractionalSDE
     decoder: Callable
     guide: NeuralGuide
+
+    @property
+    def shape(self) -> tuple[int]:
+        """Shape of one latent state."""
+        return (self.sde.dim,)
+
+    def __call__(self, x: Float[Array, " d"]) -> Any:
+        """Law of one observation given the latent state."""
+        return self.decoder(x)
 
     def observe(self, ts: Any, y: Array, mask: Any = None) -> Observed:
         """One series as `Observed` through the decoder.
@@ -58,7 +77,7 @@ class LatentSDE(eqx.Module):
         return self.guide.condition(observed)
 
 
-class NegativeELBO(eqx.Module):
+class NegativeELBO(Objective):
     """The objective `(model, batch, *, key) -> (scalar, aux)` that trains a `LatentSDE`: minus the mean bound.
 
     The batch is `y` or `(y, mask)`, shapes (b, n, ...) and (b, n).
@@ -68,6 +87,15 @@ class NegativeELBO(eqx.Module):
         num_particles: paths per series.
         steps_per_interval: time steps between two observations.
         scale: factor on the objective; one over the number of entries of a series keeps gradients of order one.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, genkit.noise as gn, genkit.sde as gs
+        >>> ts, y, decoder = jnp.array([0.5, 1.0]), jnp.ones((3, 2, 1)), gs.GaussianNoise(0.5)
+        >>> sde = gs.FractionalSDE(lambda t, x: -x, gs.Constant(1.0), gn.brownian(), 0.5, 1.0)
+        >>> guide = gs.NeuralGuide(sde, gs.Observed(ts, y[0], decoder), width=4, key=jax.random.key(0))
+        >>> model = gs.LatentSDE(sde, decoder, guide)
+        >>> gs.NegativeELBO(ts)(model, y, key=jax.random.key(1))[0].shape
+        ()
     """
 
     ts: Any

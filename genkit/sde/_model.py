@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from genkit._core._checks import check, check_choice, check_finite, check_interval, check_positive, is_concrete
+from genkit._core._fields import frozen_field
 from genkit.noise import Lift
 
 
@@ -24,6 +25,12 @@ class OrnsteinUhlenbeck(eqx.Module):
     Args:
         rate: mean reversion rate per unit of time, scalar or (d,).
         mean: level it reverts to, scalar or (d,).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from genkit.sde import OrnsteinUhlenbeck
+        >>> float(OrnsteinUhlenbeck(2.0, mean=1.0)(0.0, jnp.array([2.0]))[0])
+        -2.0
     """
 
     rate: Array = eqx.field(converter=jnp.asarray)
@@ -39,6 +46,12 @@ class Constant(eqx.Module):
 
     Args:
         value: the diffusion, scalar or (d,).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from genkit.sde import Constant
+        >>> Constant(0.5)(0.0, jnp.zeros(3)).shape
+        (3,)
     """
 
     value: Array = eqx.field(converter=jnp.asarray)
@@ -88,6 +101,12 @@ def _as_state(x0: Any) -> Any:
     return x0 if isinstance(x0, dist.Distribution) else jnp.atleast_1d(jnp.asarray(x0, jnp.result_type(float)))
 
 
+def _as_clock(horizon: Any) -> Any:
+    """Known numbers stay on the host, also inside jit, so that step tables are made there in float64."""
+    dtype = np.dtype(jnp.result_type(float))
+    return horizon.astype(dtype) if isinstance(horizon, jax.Array) else np.asarray(horizon, dtype)
+
+
 class FractionalSDE(eqx.Module):
     r"""The model $dX=b(t,X)\,dt+s(t,X)\circ dB_H$, with unit-variance fractional noise per coordinate, $t\in[0,T]$.
 
@@ -123,7 +142,7 @@ class FractionalSDE(eqx.Module):
     diffusion: Callable
     lift: Lift
     hurst: Any = eqx.field(converter=_as_index)
-    horizon: Array = eqx.field(converter=lambda v: jnp.asarray(v, jnp.result_type(float)))
+    horizon: Any = frozen_field(converter=_as_clock)
     x0: Any = eqx.field(converter=_as_state, default=0.0)
     step: str = eqx.field(static=True, default="path_mean", kw_only=True)
 

@@ -10,10 +10,11 @@ import jax.random as jr
 from jaxtyping import Array, Float, Key
 
 from genkit._core._checks import check_count, check_key
+from genkit._core._fields import frozen_field
 
 from ._filter import Gaussian, flat_state
 from ._grid import Grid, Noises
-from ._guide import Guide, LinearGuide, Plan
+from ._guide import AbstractGuide, LinearGuide, Plan
 from ._model import FractionalSDE
 from ._observed import Observed, gaussian_parts
 from ._step import Driver, Step
@@ -54,7 +55,7 @@ class _NeuralStep(NamedTuple):
     clock: Array  # (3,) time, time to the next observation, whether there is one
 
 
-class NeuralGuide(Guide):
+class NeuralGuide(AbstractGuide):
     r"""A neural control of every step, on top of the exact control of the linearised model.
 
     Per coordinate, networks fed $(x, v, t, \text{context})$ return a control $u$ of the Brownian motion and a widening
@@ -91,8 +92,8 @@ class NeuralGuide(Guide):
     the factor of the history were added for this library.
     """
 
-    linear: LinearGuide | None
-    observed: Observed
+    linear: LinearGuide | None = frozen_field()
+    observed: Observed = frozen_field()
     encoder: Encoder
     control: eqx.nn.MLP
     origin: eqx.nn.MLP
@@ -144,7 +145,7 @@ class NeuralGuide(Guide):
         """The observation times."""
         return self.observed.ts
 
-    def prepared_for(self, grid: Grid) -> Plan | None:
+    def prepared_for(self, grid: Grid, noises: Noises) -> Plan | None:
         """Nothing: contexts depend on parameters."""
         return None
 
@@ -152,7 +153,7 @@ class NeuralGuide(Guide):
         """Contexts of all steps, beside the linear plan."""
         linear = None
         if self.linear is not None:
-            ready = self.linear.prepared_for(grid) if len(seen) == len(grid.slots) else None
+            ready = self.linear.prepared_for(grid, noises) if len(seen) == len(grid.slots) else None
             linear = jax.lax.stop_gradient(self.linear.plan(grid, noises, seen) if ready is None else ready)
         dtype = self.control.layers[0].weight.dtype
         horizon = jnp.asarray(grid.t[-1] + grid.h[-1], dtype) if grid.num_steps else jnp.ones((), dtype)

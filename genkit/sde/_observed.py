@@ -19,6 +19,12 @@ class GaussianNoise(eqx.Module):
 
     Args:
         scale: standard deviation of the measurement error, positive, scalar or (d,).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from genkit.sde import GaussianNoise
+        >>> float(GaussianNoise(0.1)(jnp.array([2.0])).mean[0])
+        2.0
     """
 
     scale: Array = eqx.field(converter=jnp.asarray)

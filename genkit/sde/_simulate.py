@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Key
 from genkit._core._checks import NonFiniteError, check, check_finite, check_key, is_concrete
 
 from ._grid import Grid, Noises, make_grid, make_table
-from ._guide import Guide, Plan
+from ._guide import AbstractGuide, Plan
 from ._model import FractionalSDE
 from ._step import Driver, Step, advance, check_affine, make_driver, make_steps, shape_noise
 
@@ -52,11 +52,12 @@ def make_run(sde: FractionalSDE, grid: Grid, noises: Noises) -> Run:
     return Run(sde, driver, make_steps(sde, driver, grid), grid.slots)
 
 
-def prepare(sde: FractionalSDE, guide: Guide | None, grid: Grid) -> tuple[Noises, Plan | None]:
+def prepare(sde: FractionalSDE, guide: AbstractGuide | None, grid: Grid) -> tuple[Noises, Plan | None]:
     """What is done on the host before anything is compiled: checks, tables, a look at the guide's own plan."""
     if sde.step == "exact":
         check_affine(sde, uncoupled=True)
-    return make_table(sde, grid), None if guide is None else guide.prepared_for(grid)
+    noises = make_table(sde, grid)
+    return noises, None if guide is None else guide.prepared_for(grid, noises)
 
 
 def _normals(key: Array, num: int, run: Run) -> Array:
@@ -76,7 +77,7 @@ def _block_sizes(num_steps: int) -> tuple[int, int, int]:
     return (num_steps // size, size, num_steps % size)
 
 
-def initial_state(run: Run, guide: Guide | None, plan: Plan | None, x0: Array | None, key: Array) -> tuple:
+def initial_state(run: Run, guide: AbstractGuide | None, plan: Plan | None, x0: Array | None, key: Array) -> tuple:
     """State at time 0 with the log-weight and divergence of its draw."""
     sde, driver = run.sde, run.driver
     key_past, key_x0 = jr.split(key)
@@ -101,7 +102,7 @@ def initial_state(run: Run, guide: Guide | None, plan: Plan | None, x0: Array | 
     return x0, v, weight, kl
 
 
-def simulate_run(run: Run, guide: Guide | None, plan: Plan | None, x0: Array | None, key: Array) -> tuple:
+def simulate_run(run: Run, guide: AbstractGuide | None, plan: Plan | None, x0: Array | None, key: Array) -> tuple:
     """States at the requested times, log-weight, divergence. Pure; vectorise over `key`."""
     key_start, key_noise = jr.split(key)
     carry = initial_state(run, guide, plan, x0, key_start)
@@ -162,7 +163,7 @@ def _free_step(run: Run, carry: tuple, step: Step, noise: Any) -> tuple:
     return (x, v, weight, kl), x
 
 
-def _guided_step(run: Run, guide: Guide, carry: tuple, step: Step, white: Array, plan: Any) -> tuple:
+def _guided_step(run: Run, guide: AbstractGuide, carry: tuple, step: Step, white: Array, plan: Any) -> tuple:
     x, v, weight, kl = carry
     eps, ratio, divergence = guide.draw(run.sde, run.driver, plan, step, x, v, white.ravel())
     noise = shape_noise(run.driver, step, eps.reshape(white.shape))
@@ -175,7 +176,7 @@ def simulate(
     ts: Float[ArrayLike, " n"],
     *,
     x0: Float[ArrayLike, " d"] | None = None,
-    guide: Guide | None = None,
+    guide: AbstractGuide | None = None,
     max_step: float | None = None,
     steps_per_interval: int | None = None,
     key: Key[Array, ""],
@@ -219,7 +220,7 @@ def simulate(
     noises, plan = prepare(sde, guide, grid)
     x, weight, kl = _simulate(sde, grid, noises, guide, plan, seen, x0, key)
     paths = Paths(ts, x[rows], weight, kl)
-    explain_blow_up(sde, grid, noises, guide, plan, seen, x0, key, paths)
+    explain_blow_up(sde, grid, noises, guide, plan, seen, x0=x0, key=key, paths=paths)
     return paths
 
 
@@ -233,7 +234,7 @@ def _simulate(
     return simulate_run(run, guide, plan, x0, key)
 
 
-def _grid_with(sde: FractionalSDE, ts: Any, guide: Guide | None, max_step: Any, steps: int | None) -> tuple:
+def _grid_with(sde: FractionalSDE, ts: Any, guide: AbstractGuide | None, max_step: Any, steps: int | None) -> tuple:
     """The grid through `ts` and the guide's observation times, where `ts` are on it, and where those are."""
     extra = None if guide is None else guide.times()
     grid = make_grid(sde, ts, max_step, steps)  # also when a union is taken: its errors name `ts`
@@ -258,9 +259,10 @@ def explain_blow_up(
     sde: FractionalSDE,
     grid: Grid,
     noises: Noises,
-    guide: Guide | None,
+    guide: AbstractGuide | None,
     plan: Any,
     seen: tuple[int, ...],
+    *,
     x0: Any,
     key: Array,
     paths: Paths,
@@ -270,7 +272,7 @@ def explain_blow_up(
     if not all(is_concrete(leaf) for leaf in leaves) or all(bool(jnp.isfinite(leaf).all()) for leaf in leaves):
         return
     every = dataclasses.replace(grid, slots=tuple(range(1, grid.num_steps + 1)))
-    states = np.asarray(_simulate(sde, every, noises, guide, plan, seen, x0, key)[0])
+    states = np.asarray(_simulate(sde, every, noises, guide, plan, seen, x0, jr.clone(key))[0])
     bad = ~np.isfinite(states).all(axis=1)
     if not bad.any():
         raise NonFiniteError(

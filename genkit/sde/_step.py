@@ -58,7 +58,7 @@ class Step(NamedTuple):
 def make_driver(sde: FractionalSDE, grid: Grid, noises: Noises) -> Driver:
     """Everything about the noise that does not depend on the state."""
     table, columns = jax.tree.map(jnp.asarray, noises.table), noises.columns
-    d, r = sde.dim, sde.lift.history_rank
+    d = sde.dim
     if sde.lift.num_terms == 0:
         empty = jnp.zeros((d, 0), sde.dtype)
         direct = jnp.sqrt(sde.horizon)
@@ -72,7 +72,7 @@ def make_driver(sde: FractionalSDE, grid: Grid, noises: Noises) -> Driver:
         start = -scale[..., None] * sde.lift.history(hurst)
         gain = (scale * sde.lift.weights(hurst)).astype(sde.dtype)
         zero = jnp.zeros((), sde.dtype)
-        driver = Driver(table, gain, zero, start.astype(sde.dtype).reshape(d, -1, r), None, None, columns)
+        driver = Driver(table, gain, zero, start.astype(sde.dtype), None, None, columns)
     if sde.step != "exact":
         return driver
     return dataclasses.replace(driver, exact=_exact_rows(sde, driver))
