@@ -8,6 +8,7 @@ import numpy as np
 from jax.scipy.special import gammaln
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
+from scipy.special import gammaln as host_gammaln
 
 from genkit._core._checks import check, check_choice, check_count, check_interval, check_positive, is_concrete
 
@@ -167,8 +168,6 @@ def _chebyshev(hurst: Array) -> tuple:
 
 def _normaliser(h: Any, kind: str, xp: Any) -> Any:
     """Factor that brings the variance at t = 1 to one."""
-    from scipy.special import gammaln as host_gammaln
-
     log_gamma = host_gammaln if xp is np else gammaln
     if kind == "II":
         return xp.sqrt(2 * h) * xp.exp(log_gamma(h + 0.5))

@@ -118,8 +118,7 @@ def simulate_run(run: Run, guide: AbstractGuide | None, plan: Plan | None, x0: A
     saved = np.full(num_steps, slots.size)  # out of range: not saved
     saved[slots[slots > 0] - 1] = np.flatnonzero(slots > 0)
 
-    @jax.checkpoint
-    def block(carry: tuple, index: Array, inputs: tuple) -> tuple:
+    def plain(carry: tuple, index: Array, inputs: tuple) -> tuple:
         steps, plans = inputs
         white = _normals(jr.fold_in(key_noise, index), steps.h.shape[0], run)
         if guide is None:
@@ -128,6 +127,9 @@ def simulate_run(run: Run, guide: AbstractGuide | None, plan: Plan | None, x0: A
             return jax.lax.scan(body, carry, (steps, noise))
         body = lambda carry, xs: _guided_step(run, guide, carry, *xs)
         return jax.lax.scan(body, carry, (steps, white, plans))
+
+    # Memory of the backward pass: the states between blocks, and those of one block.
+    block = plain if blocks == 1 else jax.checkpoint(plain)
 
     def outer(state: tuple, xs: tuple) -> tuple:
         carry, out = state

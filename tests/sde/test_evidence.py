@@ -60,6 +60,7 @@ def test_filter_of_kind_two_is_near_its_own_process():
         assert abs(float(gs.kalman(model("a", hurst, lift=gn.ma_fbm(kind="II")), observed)) - wanted) < 0.01
 
 
+@pytest.mark.slow
 def test_published_lift_has_its_published_error():
     observed, errors = series("a")[0], {0.3: 0.016, 0.5: 0.072, 0.7: 0.143, 0.9: 0.918}
     for hurst, wanted in errors.items():
@@ -92,6 +93,7 @@ def test_closed_form_divergence_has_the_same_mean():
     stats.assert_mean(draws, float(guide.log_evidence))
 
 
+@pytest.mark.slow
 def test_gradients_in_every_parameter():
     observed = series("c")[0]
 
@@ -161,6 +163,7 @@ def test_float32_is_within_a_thousandth():
             np.testing.assert_allclose(draws, wide, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_coupled_drift_and_joint_observations():
     """A rotation of independent processes: the evidence is that of the processes themselves."""
     ts = np.array([0.2, 0.5, 0.6, 1.0])
