@@ -10,6 +10,8 @@ from . import (
     guidance as guidance,
     io as io,
     nn as nn,
+    noise as noise,
+    sde as sde,
 )
 from ._core import (
     AbstractSampler as AbstractSampler,

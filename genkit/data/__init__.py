@@ -3,6 +3,7 @@
 from ._batches import Batches as Batches, Generated as Generated
 from ._digits import Digits as Digits, digits as digits
 from ._host import Host as Host
+from ._nile import nile as nile
 from ._toys import (
     checkerboard as checkerboard,
     eight_gaussians as eight_gaussians,

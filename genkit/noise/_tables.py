@@ -1,0 +1,118 @@
+"""Weights and histories of a lift as Chebyshev series in the Hurst index, computed once on the host in float64."""
+
+import functools
+
+import numpy as np
+from scipy import special
+
+
+HURST_RANGE = (0.01, 0.99)
+_DEGREE = 64
+_HISTORY_RANK = 12  # truncation error of the covariance below 3e-6 relative for every H in the range
+_RIDGE = 1e-10  # relative to unit diagonal: bounds the weights, costs nothing visible in the error
+
+
+def grid(num_terms: int, lo: float, hi: float) -> np.ndarray:
+    """The speeds on the unit clock, geometrically spaced."""
+    return np.geomspace(lo, hi, num_terms) if num_terms > 1 else np.array([np.sqrt(lo * hi)])
+
+
+def kind_one_variance(hurst: np.ndarray | float) -> np.ndarray | float:
+    """Variance at t = 1 of the unnormalised Mandelbrot-Van Ness integral, 1 / (Gamma(2H+1) sin(pi H))."""
+    return 1.0 / (special.gamma(2 * hurst + 1) * np.sin(np.pi * hurst))
+
+
+def _solve(gram: np.ndarray, target: np.ndarray) -> np.ndarray:
+    scale = np.sqrt(np.diagonal(gram))
+    system = gram / np.outer(scale, scale) + _RIDGE * np.eye(len(scale))
+    return np.linalg.solve(system, target / scale) / scale
+
+
+def weights_kind_two(gamma: np.ndarray, hurst: float) -> np.ndarray:
+    """Mean-square optimal weights on [0, 1] of the unnormalised Riemann-Liouville process, all started at 0."""
+    total = gamma[:, None] + gamma[None, :]
+    gram = (1 + np.expm1(-total) / total) / total
+    a = hurst + 0.5
+    target = gamma**-a * special.gammainc(a, gamma) - a * gamma ** -(a + 1) * special.gammainc(a + 1, gamma)
+    return _solve(gram, target)
+
+
+def _scaled_upper_gamma(a: float, x: np.ndarray) -> np.ndarray:
+    """e^x Q(a, x) without overflow: direct for small x, Gauss-Laguerre for large."""
+    nodes, weights = np.polynomial.laguerre.laggauss(60)
+    far = np.maximum(x, 10.0)
+    tail = ((far[:, None] + nodes) ** (a - 1)) @ weights / special.gamma(a)
+    return np.where(x > 10, tail, np.exp(np.minimum(x, 10.0)) * special.gammaincc(a, np.minimum(x, 10.0)))
+
+
+def weights_published(gamma: np.ndarray, hurst: float) -> np.ndarray:
+    """Mean-square optimal weights on [0, 1] of the unnormalised kind I process from stationary processes."""
+    total = gamma[:, None] + gamma[None, :]
+    single = np.expm1(-gamma) / gamma
+    gram = (2 + single[:, None] + single[None, :]) / total
+    a = hurst + 0.5
+    end = np.exp(-gamma) - _scaled_upper_gamma(a, gamma)
+    target = 2 * gamma**-a - 1 / (gamma * special.gamma(a + 1)) + end * gamma ** -(a + 1)
+    return _solve(gram, target)
+
+
+def _quadrature() -> tuple[np.ndarray, np.ndarray]:
+    """Gauss-Legendre on panels graded towards 0, on (0, 1)."""
+    edges = np.concatenate([[0.0], np.geomspace(1e-9, 1.0, 28)])
+    nodes, weights = np.polynomial.legendre.leggauss(12)
+    left, width = edges[:-1, None], np.diff(edges)[:, None]
+    return (left + width * (nodes + 1) / 2).ravel(), (width * weights / 2).ravel()
+
+
+class _History:
+    """Projection of h(t), kind I minus kind II, on 1 - exp(-gamma t): a factor F(H) of the law of the coefficients.
+
+    h(t) = kappa int (e^{-g t} - 1) Y_g(0) g^{-(H + 1/2)} dg, kappa = cos(pi H) / pi, with Cov(Y_g(0), Y_g'(0)) =
+    1 / (g + g'): a trapezoid sum on a very wide logarithmic grid, whose small end matters as H -> 1, large as H -> 0.
+    """
+
+    def __init__(self, gamma: np.ndarray):
+        t, w = _quadrature()
+        self.x = np.arange(np.log(1e-150), np.log(1e18), 1.5)
+        basis = -np.expm1(-np.outer(t, gamma)) * np.sqrt(w)[:, None]
+        wanted = np.expm1(-np.outer(t, np.exp(self.x))) * np.sqrt(w)[:, None]
+        scale = np.linalg.norm(basis, axis=0)
+        self.projection = np.linalg.lstsq(basis / scale, wanted, rcond=1e-10)[0] / scale[:, None]
+        self.root = np.linalg.cholesky(0.5 / np.cosh((self.x[:, None] - self.x[None, :]) / 2))
+        # One set of directions serves every H: the leading right singular vectors of the family of functions of t.
+        metric = np.linalg.qr(basis, mode="r")  # |metric c| is the norm of the function with coefficients c
+        family = [metric @ self(h) for h in np.linspace(*HURST_RANGE, 60)]
+        self.directions = np.linalg.svd(np.vstack(family), full_matrices=False)[2][:_HISTORY_RANK].T
+
+    def __call__(self, hurst: float) -> np.ndarray:
+        """The full factor at one H, normalised to unit variance of the whole process."""
+        kappa = np.cos(np.pi * hurst) / np.pi / np.sqrt(kind_one_variance(hurst))
+        return kappa * (self.projection * (np.exp(-hurst * self.x) * 1.5)) @ self.root
+
+    def compressed(self, hurst: float) -> np.ndarray:
+        return self(hurst) @ self.directions
+
+
+@functools.cache
+def chebyshev_tables(num_terms: int, lo: float, hi: float, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """Chebyshev coefficients (degree + 1, K) of the weights and (degree + 1, K, r) of the history factor.
+
+    The weights are tabulated without the normaliser of the variance, which is not analytic at H = 0 and H = 1.
+    """
+    gamma = grid(num_terms, lo, hi)
+    n = _DEGREE + 1
+    x = np.cos(np.pi * (np.arange(n) + 0.5) / n)
+    hursts = np.mean(HURST_RANGE) + np.ptp(HURST_RANGE) / 2 * x
+    solve = weights_published if kind == "I-published" else weights_kind_two
+    basis = np.cos(np.outer(np.arange(n), np.arccos(x))) * 2 / n
+    basis[0] /= 2
+    omega = basis @ np.array([solve(gamma, h) for h in hursts])
+    if kind == "I":
+        history = _History(gamma)
+        factors = np.array([history.compressed(h) for h in hursts])
+        factor = np.tensordot(basis, factors, axes=1)
+    else:
+        factor = np.zeros((n, num_terms, 0))
+    for table in (omega, factor):
+        table.setflags(write=False)
+    return omega, factor

@@ -1,0 +1,187 @@
+"""The time grid of a run and, per distinct step, the exact joint law of the lifted noise over it."""
+
+import functools
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from genkit._core._checks import check, check_count, check_positive, is_concrete
+from genkit.noise import Lift
+
+from ._model import FractionalSDE
+from ._observed import check_times
+
+
+class Grid(eqx.Module):
+    """Steps from time 0: start and length of each, and after how many steps each requested time is reached."""
+
+    t: Any  # (N,) physical start
+    h: Any  # (N,) physical length
+    kind: Any  # (N,) which distinct step, an index into `distinct`
+    distinct: Any  # (U,) physical lengths
+    slots: tuple[int, ...] = eqx.field(static=True)  # (n,) in 0..N
+
+    @property
+    def num_steps(self) -> int:
+        return self.h.shape[0]
+
+
+class StepTable(NamedTuple):
+    """Per distinct step, leading axis U; columns are the standard normals drawn for it (see `columns`)."""
+
+    u: Array  # () length on the unit clock
+    loss: Array  # (K,) expm1(-gamma u)
+    mean: Array  # (K,) integral of exp(-gamma v) over the step
+    lag: Array  # (K,) u - mean
+    noise: Array  # (K, R) end value of the processes started at 0
+    brownian: Array  # (R,) increment of W
+    integral: Array  # (K, R) time integral of those processes
+
+
+class Noises(eqx.Module):
+    """The tables of a grid, and which of the K + 1 normals per step they use."""
+
+    table: StepTable
+    columns: tuple[int, ...] = eqx.field(static=True)
+
+
+def make_grid(
+    sde: FractionalSDE, ts: Any, max_step: Any = None, steps_per_interval: int | None = None, name: str = "ts"
+) -> Grid:
+    """Lay out the steps: every requested time is a boundary, none is longer than `max_step`."""
+    check_times(name, ts)
+    check(max_step is None or steps_per_interval is None, "max_step", "None with steps_per_interval", max_step)
+    if steps_per_interval is not None:
+        check_count("steps_per_interval", steps_per_interval)
+    if max_step is not None:
+        check_positive("max_step", max_step)
+        if is_concrete(sde.horizon):
+            horizon = float(sde.horizon)
+            hint = "The horizon is too small for this step."
+            check(
+                float(max_step) <= horizon * (1 + 1e-6), "max_step", f"at most horizon = {horizon:.6g}", max_step, hint
+            )
+    if is_concrete(ts) and is_concrete(sde.horizon):
+        last, horizon = float(np.asarray(ts)[-1]), float(sde.horizon)
+        check(last <= horizon * (1 + 1e-5), name, f"inside the horizon [0, {horizon:.6g}]", f"{name}[-1] = {last:.6g}")
+    if not is_concrete(ts):
+        hint = "Under jit pass `steps_per_interval` (a Python integer) instead, or close over the times."
+        check(max_step is None, "max_step", "None when the times are traced", max_step, hint)
+        return _traced_grid(sde, ts, steps_per_interval or 1)
+    times = np.asarray(ts, np.float64)
+    knots = times if times[0] == 0 else np.concatenate([[0.0], times])
+    gaps = np.diff(knots)
+    if max_step is None:
+        counts = np.full(gaps.shape, steps_per_interval or 1)
+    else:
+        counts = np.maximum(1, np.ceil(gaps / float(max_step) - 1e-6)).astype(int)
+    ends = np.cumsum(counts)
+    slots = np.concatenate([[0], ends]) if times[0] == 0 else ends
+    h = np.repeat(gaps / counts, counts)
+    t = np.repeat(knots[:-1], counts) + h * (np.arange(h.size) - np.repeat(ends - counts, counts))
+    # Lengths equal up to the rounding of float32 times are one step, so that a uniform grid has one table.
+    eps = np.finfo(np.asarray(ts).dtype).eps if np.issubdtype(np.asarray(ts).dtype, np.floating) else 0.0
+    scale = max(1e-9 * h.max(), 4 * eps * times[-1]) if h.size else 1.0
+    _, first, kind = np.unique(np.rint(h / scale / 4), return_index=True, return_inverse=True)
+    distinct = np.array([h[kind == i].mean() for i in range(first.size)])
+    return Grid(t, distinct[kind] if h.size else h, kind, distinct, tuple(slots.tolist()))
+
+
+def _traced_grid(sde: FractionalSDE, ts: Array, substeps: int) -> Grid:
+    ts = ts.astype(sde.dtype)
+    knots = jnp.concatenate([jnp.zeros(1, ts.dtype), ts])
+    h = jnp.repeat(jnp.diff(knots) / substeps, substeps)
+    t = jnp.repeat(knots[:-1], substeps) + h * jnp.tile(jnp.arange(substeps, dtype=ts.dtype), ts.shape[0])
+    slots = tuple(substeps * i for i in range(1, ts.shape[0] + 1))
+    return Grid(t, h, np.arange(h.shape[0]), h, slots)
+
+
+def phi1(x: Any, xp: Any = jnp) -> Any:
+    """(1 - exp(-x)) / x, smooth at 0, for x of either sign."""
+    small = xp.abs(x) < 1e-4
+    safe = xp.where(small, 1.0, x)
+    return xp.where(small, 1 - x / 2 + x * x / 6, -xp.expm1(-safe) / safe)
+
+
+def _one_minus_phi1(x: Any, xp: Any) -> Any:
+    """1 - phi1(x) without cancellation."""
+    small = xp.abs(x) < 0.05
+    safe = xp.where(small, 1.0, x)
+    series = x / 2 * (1 - x / 3 * (1 - x / 4 * (1 - x / 5 * (1 - x / 6 * (1 - x / 7)))))
+    return xp.where(small, series, 1 + xp.expm1(-safe) / safe)
+
+
+@functools.cache
+def pivots(lift: Lift) -> tuple[int, ...]:
+    """Order in which the Brownian increment (first) and the processes are factorised: greedy at a middling step."""
+    rates = np.concatenate([[0.0], lift.gamma])
+    corr = _correlation(rates, np.array(0.05), np)
+    order = [0]
+    residual = corr - np.outer(corr[0], corr[0])
+    for _ in range(rates.size - 1):
+        diag = np.where(np.isin(np.arange(rates.size), order), -1.0, np.diagonal(residual))
+        j = int(np.argmax(diag))
+        order.append(j)
+        if residual[j, j] > 1e-13:
+            residual = residual - np.outer(residual[j], residual[j]) / residual[j, j]
+    return tuple(order)
+
+
+def _correlation(rates: Any, u: Any, xp: Any) -> Any:
+    """Correlations of int exp(-rate_i (u - v)) dW(v) over a step of length u (batched)."""
+    x = u[..., None] * rates
+    own = xp.sqrt(phi1(2 * x, xp))
+    return phi1(x[..., :, None] + x[..., None, :], xp) / (own[..., :, None] * own[..., None, :])
+
+
+def _factor(corr: Any, order: tuple[int, ...], tolerance: float, xp: Any) -> Any:
+    """Cholesky factor in a fixed order (so that it is continuous in the step), dropping what is determined already."""
+    residual, columns = corr, []
+    for j in order:
+        pivot = residual[..., j, j]
+        keep = pivot > tolerance
+        root = xp.sqrt(xp.where(keep, pivot, 1.0))
+        column = xp.where(keep[..., None], residual[..., :, j] / root[..., None], 0.0)
+        columns.append(column)
+        residual = residual - column[..., :, None] * column[..., None, :]
+    return xp.stack(columns, axis=-1)
+
+
+def make_table(sde: FractionalSDE, grid: Grid) -> Noises:
+    """The tables of a grid and the columns (normals) it uses; in float64 on the host when the clock is known.
+
+    Columns of negligible variance are dropped when the steps are known; each column has its own stream of normals,
+    so that dropping one changes no other draw.
+    """
+    known = is_concrete(sde.horizon) and is_concrete(grid.distinct)
+    xp = np if known else jnp
+    u = np.asarray(grid.distinct, np.float64) / float(sde.horizon) if known else grid.distinct / sde.horizon
+    lift = sde.lift
+    rates = np.concatenate([[0.0], lift.gamma])
+    rates = rates if known else jnp.asarray(rates, sde.dtype)
+    tolerance = 1e-12 if sde.dtype == jnp.float64 else 1e-6
+    order = pivots(lift)
+    unit = _factor(_correlation(rates, u, xp), order, tolerance, xp)
+    rows = unit * xp.sqrt(u[..., None, None] * phi1(2 * u[..., None] * rates, xp)[..., None])
+    columns = tuple(j for j in range(len(order)) if not known or np.abs(rows[..., j]).max(initial=0.0) > 0)
+    rows = rows[..., list(columns)]
+    gamma, x = rates[1:], u[..., None] * rates[1:]
+    brownian, noise = rows[..., 0, :], rows[..., 1:, :]
+    integral = (brownian[..., None, :] - noise) / gamma[:, None]
+    mean = u[..., None] * phi1(x, xp)
+    table = StepTable(u, xp.expm1(-x), mean, u[..., None] * _one_minus_phi1(x, xp), noise, brownian, integral)
+    if known:
+        return Noises(StepTable(*(np.asarray(v, sde.dtype) for v in table)), columns)
+    return Noises(table, columns)
+
+
+@functools.cache
+def panels(num_panels: int = 22, num_nodes: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """Gauss-Legendre nodes and weights on (0, 1), graded towards 0 where fast processes live."""
+    edges = np.concatenate([[0.0], np.geomspace(1e-6, 1.0, num_panels)])
+    nodes, weights = np.polynomial.legendre.leggauss(num_nodes)
+    left, width = edges[:-1, None], np.diff(edges)[:, None]
+    return (left + width * (nodes + 1) / 2).ravel(), (width * weights / 2).ravel()

@@ -1,0 +1,289 @@
+"""Simulation: one scan over blocks of about sqrt(N) steps, their noise drawn per block, checkpointed for gradients."""
+
+import dataclasses
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import numpyro.distributions as dist
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Key
+
+from genkit._core._checks import NonFiniteError, check, check_finite, check_key, is_concrete
+
+from ._grid import Grid, Noises, make_grid, make_table
+from ._guide import AbstractGuide, Plan
+from ._model import FractionalSDE
+from ._step import Driver, Step, advance, check_affine, make_driver, make_steps, shape_noise
+
+
+class Paths(eqx.Module):
+    """Simulated states, and under a guide how they weigh.
+
+    Args:
+        ts: the times, shape (n,).
+        x: the states at these times, shape (n, d).
+        log_weight: log-density ratio of the model's law of the path to the guide's, so that `exp(log_weight)` times
+            the likelihood estimates the evidence; 0 without a guide.
+        kl: the same in closed form per step, a non-negative estimate of the Kullback-Leibler divergence; 0 without.
+    """
+
+    ts: Any
+    x: Array
+    log_weight: Array
+    kl: Array
+
+
+class Run(eqx.Module):
+    """A model laid out on a grid: all that does not depend on the draw."""
+
+    sde: FractionalSDE
+    driver: Driver
+    steps: Step
+    slots: tuple[int, ...] = eqx.field(static=True)
+
+
+def make_run(sde: FractionalSDE, grid: Grid, noises: Noises) -> Run:
+    """Step inputs of a grid."""
+    driver = make_driver(sde, grid, noises)
+    return Run(sde, driver, make_steps(sde, driver, grid), grid.slots)
+
+
+def prepare(sde: FractionalSDE, guide: AbstractGuide | None, grid: Grid) -> tuple[Noises, Plan | None]:
+    """What is done on the host before anything is compiled: checks, tables, a look at the guide's own plan."""
+    if sde.step == "exact":
+        check_affine(sde, uncoupled=True)
+    noises = make_table(sde, grid)
+    return noises, None if guide is None else guide.prepared_for(grid, noises)
+
+
+def _normals(key: Array, num: int, run: Run) -> Array:
+    """Standard normals (num, d, R); each column has a stream of its own, the exact step's extra one the last."""
+    d, dtype = run.sde.dim, run.sde.dtype
+    names = [*run.driver.columns, *([10_000] if run.driver.exact is not None else [])]
+    return jnp.stack([jr.normal(jr.fold_in(key, c), (num, d), dtype) for c in names], axis=-1)
+
+
+def _block_sizes(num_steps: int) -> tuple[int, int, int]:
+    """`(blocks, size, rest)`: a divisor of the step count near its root if there is one, else a shorter last block."""
+    if num_steps <= 64:
+        return (1, num_steps, 0)
+    root = round(num_steps**0.5)
+    near = [b for b in range(max(root // 2, 1), 2 * root + 1) if num_steps % b == 0]
+    size = min(near, key=lambda b: abs(b - root)) if near else root
+    return (num_steps // size, size, num_steps % size)
+
+
+def initial_state(run: Run, guide: AbstractGuide | None, plan: Plan | None, x0: Array | None, key: Array) -> tuple:
+    """State at time 0 with the log-weight and divergence of its draw."""
+    sde, driver = run.sde, run.driver
+    key_past, key_x0 = jr.split(key)
+    d, r = driver.start.shape[0], driver.start.shape[-1]
+    mean, sd = sde.start()
+    past, zero = jr.normal(key_past, (d * r,), sde.dtype), jnp.zeros((), sde.dtype)
+    law = sde.x0 if isinstance(sde.x0, dist.Distribution) else None
+    weight, kl = zero, zero
+    if guide is None:
+        if x0 is None:
+            x0 = mean if law is None else jnp.ravel(law.sample(key_x0)).astype(sde.dtype)
+            x0 = jnp.broadcast_to(x0, (d,))
+    else:
+        normals, weight, kl = guide.start(plan, jnp.concatenate([past, jr.normal(key_x0, (d,), sde.dtype)]))
+        past, x0 = normals[: d * r], mean + sd * normals[d * r :]
+        if law is not None and not isinstance(law, dist.Normal):
+            # The guide takes the law for a Gaussian of the same moments; the weight makes up for the difference.
+            value = x0.reshape(law.batch_shape + law.event_shape)
+            gap = jnp.sum(law.log_prob(value)) - jnp.sum(dist.Normal(mean, sd).log_prob(x0))
+            weight, kl = weight + gap, kl - gap
+    v = jnp.einsum("dmr,dr->dm", driver.start, past.reshape(d, r))
+    return x0, v, weight, kl
+
+
+def simulate_run(run: Run, guide: AbstractGuide | None, plan: Plan | None, x0: Array | None, key: Array) -> tuple:
+    """States at the requested times, log-weight, divergence. Pure; vectorise over `key`."""
+    key_start, key_noise = jr.split(key)
+    carry = initial_state(run, guide, plan, x0, key_start)
+    num_steps = run.steps.h.shape[0]
+    first = carry[0]
+    if num_steps == 0:
+        return jnp.broadcast_to(first, (len(run.slots), *first.shape)), carry[2], carry[3]
+    slots = np.asarray(run.slots)
+    blocks, size, rest = _block_sizes(num_steps)
+    inputs = (run.steps, None if plan is None else plan.steps)
+    take = lambda a, b: jax.tree.map(lambda x: x[a:b], inputs)
+    keep_all = num_steps <= 4 * slots.size
+    saved = np.full(num_steps, slots.size)  # out of range: not saved
+    saved[slots[slots > 0] - 1] = np.flatnonzero(slots > 0)
+
+    def plain(carry: tuple, index: Array, inputs: tuple) -> tuple:
+        steps, plans = inputs
+        white = _normals(jr.fold_in(key_noise, index), steps.h.shape[0], run)
+        if guide is None:
+            noise = jax.vmap(lambda s, w: shape_noise(run.driver, s, w))(steps, white)
+            body = lambda carry, xs: _free_step(run, carry, *xs)
+            return jax.lax.scan(body, carry, (steps, noise))
+        body = lambda carry, xs: _guided_step(run, guide, carry, *xs)
+        return jax.lax.scan(body, carry, (steps, white, plans))
+
+    # Memory of the backward pass: the states between blocks, and those of one block.
+    block = plain if blocks == 1 else jax.checkpoint(plain)
+
+    def outer(state: tuple, xs: tuple) -> tuple:
+        carry, out = state
+        index, inputs, where = xs
+        carry, states = block(carry, index, inputs)
+        if keep_all:
+            return (carry, out), states
+        return (carry, out.at[where].set(states, mode="drop")), None
+
+    out = jnp.zeros((slots.size, *first.shape), first.dtype)
+    grouped = jax.tree.map(lambda x: x[: blocks * size].reshape(blocks, size, *x.shape[1:]), inputs)
+    where = jnp.asarray(saved)
+    xs = (jnp.arange(blocks), grouped, where[: blocks * size].reshape(blocks, size))
+    if blocks == 1:
+        state, states = outer((carry, out), jax.tree.map(lambda x: x[0], xs))
+    else:
+        state, states = jax.lax.scan(outer, (carry, out), xs)
+        states = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), states)
+    if rest:
+        cut = blocks * size
+        state, tail = outer(state, (jnp.asarray(blocks), take(cut, num_steps), where[cut:]))
+        states = states if tail is None else jnp.concatenate([states, tail])
+    (_, _, weight, kl), out = state
+    if keep_all:
+        out = states[np.maximum(slots - 1, 0)]
+    starts = (slots == 0)[:, None]
+    return (jnp.where(starts, first, out) if starts.any() else out), weight, kl
+
+
+def _free_step(run: Run, carry: tuple, step: Step, noise: Any) -> tuple:
+    x, v, weight, kl = carry
+    x, v = advance(run.sde, run.driver, step, x, v, noise)
+    return (x, v, weight, kl), x
+
+
+def _guided_step(run: Run, guide: AbstractGuide, carry: tuple, step: Step, white: Array, plan: Any) -> tuple:
+    x, v, weight, kl = carry
+    eps, ratio, divergence = guide.draw(run.sde, run.driver, plan, step, x, v, white.ravel())
+    noise = shape_noise(run.driver, step, eps.reshape(white.shape))
+    x, v = advance(run.sde, run.driver, step, x, v, noise)
+    return (x, v, weight + ratio, kl + divergence), x
+
+
+def simulate(
+    sde: FractionalSDE,
+    ts: Float[ArrayLike, " n"],
+    *,
+    x0: Float[ArrayLike, " d"] | None = None,
+    guide: AbstractGuide | None = None,
+    max_step: float | None = None,
+    steps_per_interval: int | None = None,
+    key: Key[Array, ""],
+) -> Paths:
+    """Simulate one path of the model, or of its posterior under a guide, from time 0. `jax.vmap` over keys draws many.
+
+    Args:
+        sde: the model.
+        ts: increasing times in [0, horizon], shape (n,), at which the state is returned.
+        x0: initial state instead of the model's own, (d,).
+        guide: the law to draw from instead of the model's; its observation times become step boundaries too.
+        max_step: longest time step; `None` takes one step from each time to the next, so that `ts` is the grid. Needs
+            times known on the host.
+        steps_per_interval: equal steps in each interval instead, a Python integer; works with traced times.
+        key: typed PRNG key.
+
+    Returns:
+        The `Paths`. Forward memory does not grow with the number of steps, backward with its square root.
+
+    Raises:
+        ValueError: if the times are not increasing or outside the horizon, or `max_step` is too long.
+        NonFiniteError: if the solution blows up (outside jit; inside, the states are NaN), naming step and state.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, genkit.noise as gn, genkit.sde as gs
+        >>> model = gs.FractionalSDE(gs.OrnsteinUhlenbeck(1.0), gs.Constant(0.5), gn.ma_fbm(), hurst=0.7, horizon=2.0)
+        >>> gs.simulate(model, jnp.linspace(0.0, 2.0, 21), key=jax.random.key(0)).x.shape
+        (21, 1)
+
+    Source: steps as in `FractionalSDE`; the exact law of the lifted noise was derived for this library.
+    """
+    check_key(key)
+    if guide is not None:
+        check(x0 is None, "x0", "None with a guide", x0, "Build the guide from a model with that initial state.")
+    if x0 is not None:
+        x0 = jnp.asarray(x0, sde.dtype)
+        check(x0.shape in ((), (sde.dim,)), "x0", f"of shape ({sde.dim},)", f"shape {x0.shape}")
+        x0 = jnp.broadcast_to(x0, (sde.dim,))
+        check_finite("x0", x0)
+    grid, rows, seen = _grid_with(sde, ts, guide, max_step, steps_per_interval)
+    noises, plan = prepare(sde, guide, grid)
+    x, weight, kl = _simulate(sde, grid, noises, guide, plan, seen, x0, key)
+    paths = Paths(ts, x[rows], weight, kl)
+    explain_blow_up(sde, grid, noises, guide, plan, seen, x0=x0, key=key, paths=paths)
+    return paths
+
+
+@eqx.filter_jit
+def _simulate(
+    sde: FractionalSDE, grid: Grid, noises: Noises, guide: Any, plan: Any, seen: Any, x0: Any, key: Array
+) -> tuple[Array, Array, Array]:
+    run = make_run(sde, grid, noises)
+    if guide is not None and plan is None:
+        plan = guide.plan(grid, noises, seen)
+    return simulate_run(run, guide, plan, x0, key)
+
+
+def _grid_with(sde: FractionalSDE, ts: Any, guide: AbstractGuide | None, max_step: Any, steps: int | None) -> tuple:
+    """The grid through `ts` and the guide's observation times, where `ts` are on it, and where those are."""
+    extra = None if guide is None else guide.times()
+    grid = make_grid(sde, ts, max_step, steps)  # also when a union is taken: its errors name `ts`
+    rows = np.arange(len(grid.slots))
+    if extra is None:
+        return grid, rows, ()
+    if ts is extra:
+        return grid, rows, grid.slots
+    hint = "Under jit close over the times, or ask for the observation times themselves."
+    check(is_concrete(ts) and is_concrete(extra), "ts", "concrete with a guide", "traced times", hint)
+    wanted, observed = np.asarray(ts, np.float64), np.asarray(extra, np.float64)
+    order = np.sort(np.concatenate([wanted, observed]))
+    # An observation time within rounding of a requested one is that one.
+    slack = 4 * np.finfo(sde.dtype).eps * max(order[-1], 1e-300)
+    union = order[np.concatenate([[True], np.diff(order) > slack])]
+    grid = make_grid(sde, union, max_step, steps)
+    nearest = lambda times: np.argmin(np.abs(union[None, :] - times[:, None]), axis=1)
+    return grid, nearest(wanted), tuple(grid.slots[i] for i in nearest(observed))
+
+
+def explain_blow_up(
+    sde: FractionalSDE,
+    grid: Grid,
+    noises: Noises,
+    guide: AbstractGuide | None,
+    plan: Any,
+    seen: tuple[int, ...],
+    *,
+    x0: Any,
+    key: Array,
+    paths: Paths,
+) -> None:
+    """Raise with the first bad step and the state before it, if the outcome is known and not finite."""
+    leaves = (paths.x, paths.log_weight)
+    if not all(is_concrete(leaf) for leaf in leaves) or all(bool(jnp.isfinite(leaf).all()) for leaf in leaves):
+        return
+    every = dataclasses.replace(grid, slots=tuple(range(1, grid.num_steps + 1)))
+    states = np.asarray(_simulate(sde, every, noises, guide, plan, seen, x0, jr.clone(key))[0])
+    bad = ~np.isfinite(states).all(axis=1)
+    if not bad.any():
+        raise NonFiniteError(
+            "`log_weight` must be finite; the path is, so the guide's control or the law of x0 is not."
+        )
+    k = int(np.argmax(bad))
+    before = states[k - 1] if k else "the initial state"
+    t, h = float(grid.t[k]), float(grid.h[k])
+    raise NonFiniteError(
+        f"`x` must be finite; the solution blew up in step {k} (t = {t:.6g}, length {h:.3g}), state before it "
+        f"{before}. Try a smaller `max_step`, step='exponential' for a stiff drift, or check the drift there."
+    )

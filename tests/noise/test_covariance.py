@@ -1,0 +1,130 @@
+"""Exact covariances and likelihoods against closed forms, scipy and published figures."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import integrate, special
+
+import genkit.noise as gn
+
+
+HURSTS = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+@pytest.mark.parametrize("hurst", HURSTS)
+def test_kind_two_is_the_hypergeometric_formula(hurst):
+    with jax.enable_x64(True):
+        s, t = 0.3, np.array([0.30001, 0.35, 0.9, 30.0])
+        scale = 2 * hurst * special.gamma(hurst + 0.5) / special.gamma(hurst + 1.5)
+        wanted = scale * s ** (hurst + 0.5) * t ** (hurst - 0.5) * special.hyp2f1(0.5 - hurst, 1, hurst + 1.5, s / t)
+        np.testing.assert_allclose(gn.fbm_covariance(hurst, s, t, "II"), wanted, rtol=1e-9)
+        np.testing.assert_allclose(gn.fbm_covariance(hurst, t, t, "II"), t ** (2 * hurst), rtol=1e-12)
+
+
+def test_covariances_in_float32_agree_with_float64():
+    grid = np.linspace(0.1, 1.0, 7)
+    for kind in ("I", "II"):
+        with jax.enable_x64(True):
+            wide = np.asarray(gn.fou_covariance(0.3, grid[:, None], grid[None], 1.3, kind=kind))
+        narrow = gn.fou_covariance(0.3, np.float32(grid)[:, None], np.float32(grid)[None], np.float32(1.3), kind=kind)
+        np.testing.assert_allclose(narrow, wide, rtol=1e-5)
+
+
+def test_fractional_ou_variance_at_two():
+    table = {
+        0.0: (1.148698, 1.515717, 2.0, 2.639016, 3.482202),
+        1.0: (0.470419, 0.455497, 0.490842, 0.564320, 0.675899),
+        2.0: (0.400022, 0.295215, 0.249916, 0.233513, 0.234943),
+    }
+    with jax.enable_x64(True):
+        for theta, wanted in table.items():
+            np.testing.assert_allclose(gn.fou_covariance(np.array(HURSTS), 2.0, 2.0, theta), wanted, atol=6e-7)
+
+
+def test_fractional_ou_is_ou_at_one_half():
+    with jax.enable_x64(True):
+        s, t, theta = 0.3, 0.9, 1.3
+        wanted = (np.exp(-theta * (t - s)) - np.exp(-theta * (t + s))) / (2 * theta)
+        for kind in ("I", "II"):
+            np.testing.assert_allclose(gn.fou_covariance(0.5, s, t, theta, kind=kind), wanted, rtol=1e-12)
+
+
+def test_fractional_ou_of_kind_two_by_adaptive_quadrature():
+    hurst, theta, s, t = 0.3, 1.5, 0.4, 0.9
+
+    def kernel(w):
+        past = integrate.quad(lambda r: np.exp(-theta * (w - r)), 0, w, weight="alg", wvar=(hurst - 0.5, 0))[0]
+        return w ** (hurst - 0.5) - theta * past
+
+    wanted = 2 * hurst * integrate.quad(lambda w: kernel(w) * kernel(t - s + w), 0, s, limit=200)[0]
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(gn.fou_covariance(hurst, s, t, theta, kind="II"), wanted, rtol=1e-8)
+
+
+def test_stationary_variance():
+    wanted = (0.45908, 0.44676, 0.5, 0.62108, 0.83825)
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(gn.stationary_fou_variance(np.array(HURSTS), 1.0), wanted, atol=6e-6)
+        late = gn.fou_covariance(0.3, 30.0, 30.0, 1.0)  # a start at 0 is forgotten
+        np.testing.assert_allclose(late, gn.stationary_fou_variance(0.3, 1.0), rtol=1e-3)
+
+
+def test_autocovariance_keeps_its_digits_at_long_lags():
+    k, hurst = 20_000, 0.3
+    narrow = gn.fgn_autocovariance(np.float32(hurst), k + 1)[k]
+    leading = hurst * (2 * hurst - 1) * k ** (2 * hurst - 2)  # next term is 1e-9 of it
+    np.testing.assert_allclose(narrow, leading, rtol=1e-5)
+    with jax.enable_x64(True):
+        r = gn.fgn_autocovariance(0.7, 10)
+        k = np.arange(10)
+        plain = ((k + 1) ** 1.4 - 2 * k**1.4 + np.abs(k - 1) ** 1.4) / 2
+        np.testing.assert_allclose(r, plain, rtol=1e-13)
+
+
+def test_likelihood_is_the_multivariate_normal():
+    with jax.enable_x64(True):
+        x = jax.random.normal(jax.random.key(0), (40,))
+        lags = np.abs(np.subtract.outer(np.arange(40), np.arange(40)))
+        cov = np.asarray(gn.fgn_autocovariance(0.8, 40))[lags] * 0.49
+        wanted = jax.scipy.stats.multivariate_normal.logpdf(x, 0.2 * jnp.ones(40), cov)
+        np.testing.assert_allclose(gn.fgn_log_prob(x, 0.8, scale=0.7, mean=0.2), wanted, rtol=1e-11)
+
+
+def test_hurst_index_of_the_nile():
+    sm = pytest.importorskip("statsmodels.datasets")
+    flow = np.asarray(sm.nile.load_pandas().data["volume"], float)
+    with jax.enable_x64(True):
+
+        def profile(hurst):
+            a, log_det = gn.fgn_whiten(jnp.asarray(flow), hurst)
+            b, _ = gn.fgn_whiten(jnp.ones(100), hurst)
+            rest = a - (a @ b) / (b @ b) * b
+            return -50 * (jnp.log(2 * jnp.pi * (rest @ rest) / 100) + 1) - log_det / 2
+
+        value, slope = jax.jit(jax.value_and_grad(profile))(0.8054)
+        np.testing.assert_allclose(value, -637.166, atol=1e-3)
+        np.testing.assert_allclose(profile(0.5), -654.516, atol=1e-3)
+        assert abs(float(slope)) < 0.05  # the maximum is at .8054; curvature 1 / .06^2
+
+
+@pytest.mark.parametrize("hurst", [0.0, 1.0, -0.2, 1.5, float("nan")])
+def test_refuses_an_index_outside_the_unit_interval(hurst):
+    calls = (
+        lambda: gn.fbm_covariance(hurst, 1.0, 1.0),
+        lambda: gn.fou_covariance(hurst, 1.0, 1.0, 1.0),
+        lambda: gn.fgn_autocovariance(hurst, 3),
+        lambda: gn.fgn_log_prob(jnp.zeros(3), hurst),
+        lambda: gn.fbm(hurst, jnp.arange(3.0), key=jax.random.key(0)),
+        lambda: gn.ma_fbm(2, 0.1, 10.0).weights(hurst),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match="hurst"):
+            call()
+
+
+def test_refuses_negative_times_and_unknown_kinds():
+    with pytest.raises(ValueError, match="non-negative"):
+        gn.fbm_covariance(0.5, -1.0, 1.0)
+    with pytest.raises(ValueError, match="kind"):
+        gn.fbm_covariance(0.5, 1.0, 1.0, kind="III")

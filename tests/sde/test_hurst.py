@@ -1,0 +1,70 @@
+"""The Hurst index recovered: by gradient against the exact likelihood, and by NUTS."""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro.diagnostics import gelman_rubin
+from numpyro.infer import MCMC, NUTS
+from scipy.optimize import minimize
+
+import genkit.noise as gn
+import genkit.sde as gs
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("hurst", [0.15, 0.5, 0.75])
+def test_index_of_exact_paths(hurst):
+    """Maximum likelihood of (H, scale) under the default lift, within a standard error of the exact one."""
+    num = 256
+    ts = np.arange(1, num + 1) / num
+    path = gn.fbm(hurst, ts, key=jr.key(11))
+    increments = jnp.diff(path, prepend=0.0)
+    noise = gs.GaussianNoise(1e-3 * float(increments.std()))  # the path is seen all but exactly
+
+    def exact(p):
+        h = p[0]
+        return -gn.fgn_log_prob(increments, h, scale=jnp.exp(p[1]) * (1 / num) ** h)
+
+    def lifted(p):
+        sde = gs.FractionalSDE(lambda t, x: 0 * x, gs.Constant(jnp.exp(p[1])), gn.ma_fbm(), p[0], 1.0)
+        return -gs.kalman(sde, gs.Observed(ts, path, noise))
+
+    best = []
+    for loss in (exact, lifted):
+        value_and_grad = jax.jit(jax.value_and_grad(loss))
+        host = lambda p: tuple(np.asarray(v, float) for v in value_and_grad(jnp.asarray(p)))  # noqa: B023
+        bounds = [(0.03, 0.97), (-3.0, 3.0)]
+        best.append(minimize(host, np.array([0.5, 0.0]), jac=True, bounds=bounds, method="L-BFGS-B").x)
+    error = np.sqrt(np.linalg.inv(np.asarray(jax.hessian(exact)(jnp.asarray(best[0]))))[0, 0])
+    assert abs(best[1][0] - best[0][0]) < error, f"exact {best[0][0]:.4f} ({error:.4f}), lifted {best[1][0]:.4f}"
+
+
+@pytest.mark.slow
+@pytest.mark.key_reuse  # numpyro's chains split one key themselves
+def test_nuts_over_index_scale_and_rate():
+    ts = np.arange(1, 41) / 8
+    with jax.enable_x64(True):
+        root = np.linalg.cholesky(np.asarray(gn.fou_covariance(0.7, ts[:, None], ts[None], 1.0)))
+    y = root @ np.random.default_rng(3).normal(size=40)
+    lift = gn.ma_fbm(5, 0.05, 1e3)
+
+    def model():
+        hurst = numpyro.sample("hurst", dist.Uniform(0.05, 0.95))
+        sigma = numpyro.sample("sigma", dist.LogNormal(0.0, 0.5))
+        theta = numpyro.sample("theta", dist.LogNormal(0.0, 0.5))
+        sde = gs.FractionalSDE(gs.OrnsteinUhlenbeck(theta), gs.Constant(sigma), lift, hurst, 5.0)
+        numpyro.factor("path", gs.kalman(sde, gs.Observed(ts, y, gs.GaussianNoise(0.05))))
+
+    mcmc = MCMC(
+        NUTS(model), num_warmup=300, num_samples=500, num_chains=2, chain_method="vectorized", progress_bar=False
+    )
+    mcmc.run(jr.key(0))
+    samples = mcmc.get_samples(group_by_chain=True)
+    rhat = {name: float(gelman_rubin(np.asarray(value))) for name, value in samples.items()}
+    assert max(rhat.values()) < 1.01
+    assert abs(float(samples["hurst"].mean()) - 0.7) < 3 * float(samples["hurst"].std())

@@ -1,0 +1,225 @@
+"""Simulation: laws of paths, order of the steps, memory, and what the drivers refuse."""
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import numpyro.distributions as dist
+import pytest
+import stats
+
+import genkit.noise as gn
+import genkit.sde as gs
+
+
+CHEAP = gn.ma_fbm(5, 0.05, 1e3)
+
+
+def ou(theta=1.0, sigma=0.7, hurst=0.3, horizon=1.0, lift=CHEAP, **kwargs):
+    return gs.FractionalSDE(gs.OrnsteinUhlenbeck(theta), gs.Constant(sigma), lift, hurst, horizon, **kwargs)
+
+
+def paths(sde, ts, num, **kwargs):
+    return jax.vmap(lambda k: gs.simulate(sde, ts, key=k, **kwargs).x)(jr.split(jr.key(5), num))
+
+
+@pytest.mark.parametrize("kind", ["I", "II", "I-published"])
+def test_noise_has_the_covariance_of_the_lift(kind):
+    lift = gn.ma_fbm(5, 0.05, 1e3, kind=kind)
+    ts = np.array([0.2, 0.5, 2.0, 4.0])
+    sde = gs.FractionalSDE(lambda t, x: 0 * x, gs.Constant(1.0), lift, jnp.array([0.3, 0.8]), 4.0)
+    x = paths(sde, ts, 20_000)
+    for i, hurst in enumerate((0.3, 0.8)):
+        wanted = 4.0 ** (2 * hurst) * lift.covariance(hurst, ts[:, None] / 4, ts[None] / 4)
+        stats.assert_covariance(x[..., i], wanted)
+    stats.assert_mean(x[:, :, 0] * x[:, :, 1], 0.0)
+
+
+@pytest.mark.parametrize("step", ["path_mean", "exponential", "exact"])
+def test_fractional_ou_from_zero(step):
+    ts = np.array([0.5, 1.0, 2.0])
+    sde = ou(1.0, 1.0, 0.7, 2.0, lift=gn.ma_fbm(), step=step)
+    x = paths(sde, ts, 20_000, max_step=None if step == "exact" else 0.1)[..., 0]
+    wanted = gn.fou_covariance(0.7, ts[:, None], ts[None], 1.0)
+    stats.assert_covariance(x, wanted)
+
+
+@pytest.mark.slow
+def test_varying_index_agrees_with_a_constant_one_and_with_its_own_variance():
+    ts = np.array([0.25, 0.5, 1.0])
+    zero = lambda t, x: 0 * x
+    varying = gs.FractionalSDE(zero, gs.Constant(1.0), CHEAP, lambda t: 0.3 + 0.4 * t, 1.0)
+    x = paths(varying, ts, 20_000, max_step=0.125)[..., 0]
+    variance = [float(CHEAP.covariance(0.3 + 0.4 * t, t, t)) for t in ts]
+    stats.assert_variance(x, np.array(variance), gaussian=True)
+    constant = gs.FractionalSDE(zero, gs.Constant(1.0), CHEAP, lambda t: jnp.full((), 0.7), 1.0)
+    y = paths(constant, ts, 20_000)[..., 0]
+    stats.assert_covariance(y, CHEAP.covariance(0.7, ts[:, None], ts[None]))
+
+
+@pytest.mark.slow
+@pytest.mark.key_reuse  # the same key again, on purpose
+@pytest.mark.usefixtures("x64")
+def test_multiplicative_noise_is_stratonovich_and_of_first_order():
+    """dX = X o dB has X = exp(B): compared along the same noise (same key)."""
+
+    def error(num):
+        scalar = gs.FractionalSDE(lambda t, x: 0 * x, lambda t, x: x, CHEAP, 0.7, 1.0, x0=1.0)
+        plain = gs.FractionalSDE(lambda t, x: 0 * x, gs.Constant(1.0), CHEAP, 0.7, 1.0)
+        keys = jr.split(jr.key(1), 200)
+        ts = np.linspace(0, 1, num + 1)
+        x = jax.vmap(lambda k: gs.simulate(scalar, ts, key=k).x[-1, 0])(keys)
+        b = jax.vmap(lambda k: gs.simulate(plain, ts, key=k).x[-1, 0])(keys)
+        return float(jnp.sqrt(jnp.mean((x / jnp.exp(b) - 1) ** 2)))
+
+    errors = [error(n) for n in (16, 64)]
+    assert errors[1] < errors[0] / 3  # order 1 or better at H = .7
+    assert errors[1] < 0.01
+
+
+def test_one_compilation_serves_every_number(compilations):
+    ts = np.linspace(0.1, 1.0, 10)
+    gs.simulate(ou(1.0), ts, key=jr.key(0)).x.block_until_ready()
+    with compilations() as count:
+        gs.simulate(ou(2.0, 0.3, 0.4, 2.0), ts, key=jr.key(1)).x.block_until_ready()
+    assert count() == 0
+
+
+@pytest.mark.key_reuse  # the same key again, on purpose
+def test_jit_and_eager_agree():
+    ts = np.linspace(0.1, 1.0, 10)
+    eager = gs.simulate(ou(), ts, key=jr.key(0)).x
+    closed = jax.jit(lambda k: gs.simulate(ou(), ts, key=k).x)(jr.key(0))
+    np.testing.assert_allclose(eager, closed, atol=1e-6)
+    traced = eqx.filter_jit(lambda s, k: gs.simulate(s, ts, key=k).x)(ou(), jr.key(0))  # tables in the program
+    np.testing.assert_allclose(eager, traced, atol=2e-3)
+    times = eqx.filter_jit(lambda t, k: gs.simulate(ou(), t, steps_per_interval=2, key=k).x)
+    finer = gs.simulate(ou(), ts, steps_per_interval=2, key=jr.key(0)).x
+    np.testing.assert_allclose(times(jnp.asarray(ts), jr.key(0)), finer, atol=2e-3)
+
+
+def test_steps_that_do_not_divide_into_blocks():
+    ts = np.array([0.0, 0.31, 1.0])
+    sde = ou()
+    x = gs.simulate(sde, ts, max_step=1 / 97, key=jr.key(0)).x  # a prime number of steps
+    assert x.shape == (3, 1)
+    assert x[0, 0] == 0
+    assert bool(jnp.isfinite(x).all())
+    slope = jax.grad(lambda s: gs.simulate(sde, ts, x0=jnp.array([s]), max_step=1 / 97, key=jr.key(0)).x[-1, 0])(0.0)
+    np.testing.assert_allclose(slope, np.exp(-1), rtol=1e-4)
+
+
+def test_a_hundred_thousand_steps_in_constant_memory():
+    """A path costs the noise of one block, whatever the number of steps; only the shared step times grow with it."""
+
+    def memory(num, batch):
+        run = jax.jit(jax.vmap(lambda k: gs.simulate(ou(), np.array([1.0]), max_step=1 / num, key=k).x))
+        compiled = run.lower(jr.split(jr.key(0), batch)).compile()
+        assert batch > 2 or bool(jnp.isfinite(compiled(jr.split(jr.key(0), batch))).all())
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    per_path = [(memory(num, 34) - memory(num, 2)) / 32 for num in (1_000, 100_000)]
+    assert per_path[1] < 14 * per_path[0]  # ten, the ratio of roots, and some slack
+
+
+@pytest.mark.slow
+@pytest.mark.key_reuse  # diffrax's VirtualBrownianTree consumes its key twice
+def test_diffrax_terms_have_the_same_law():
+    sde = ou(1.0, 0.7, 0.7, 1.0, lift=gn.ma_fbm(3, 0.1, 20.0))
+
+    def end(key):
+        terms, y0 = gs.as_terms(sde, key=key)
+        return diffrax.diffeqsolve(terms, diffrax.Heun(), 0.0, 1.0, 1 / 100, y0).ys[0][-1, 0]
+
+    ours = paths(sde, np.array([1.0]), 20_000, max_step=0.1)[:, 0, 0]
+    theirs = jax.jit(jax.vmap(end))(jr.split(jr.key(3), 4_000))
+    stats.assert_variance(theirs, float(jnp.var(ours)), gaussian=True)
+
+
+# Wrong input: each names the argument.
+
+
+def test_refuses_wrong_models():
+    drift, one = gs.OrnsteinUhlenbeck(1.0), gs.Constant(1.0)
+    cases = [
+        ("hurst", lambda: gs.FractionalSDE(drift, one, CHEAP, 1.2, 1.0)),
+        ("hurst", lambda: gs.FractionalSDE(drift, one, CHEAP, 0.0, 1.0)),
+        ("hurst", lambda: gs.FractionalSDE(drift, one, CHEAP, jnp.array([0.3, 0.4]), 1.0, x0=jnp.zeros(3))),
+        ("hurst", lambda: gs.FractionalSDE(drift, one, gn.brownian(), 0.7, 1.0)),
+        ("horizon", lambda: gs.FractionalSDE(drift, one, CHEAP, 0.5, -1.0)),
+        ("drift", lambda: gs.FractionalSDE(lambda t, x: jnp.zeros(3), one, CHEAP, 0.5, 1.0)),
+        ("diagonal", lambda: gs.FractionalSDE(drift, lambda t, x: jnp.eye(2), CHEAP, 0.5, 1.0, x0=jnp.zeros(2))),
+        ("path_mean", lambda: ou(step="path-mean")),
+        ("lift", lambda: gs.FractionalSDE(drift, one, gn.ma_fbm, 0.5, 1.0)),
+        ("init", lambda: gs.LearnedHurst(1.5)),
+    ]
+    for match, build in cases:
+        with pytest.raises((ValueError, TypeError), match=match):
+            build()
+
+
+@pytest.mark.key_reuse  # the same key again, on purpose
+def test_refuses_wrong_times_and_steps():
+    key, sde = jr.key(0), ou()
+    cases = [
+        ("increasing", {"ts": np.array([0.2, 0.1])}),
+        ("increasing", {"ts": np.array([0.2, 0.2])}),
+        ("horizon", {"ts": np.array([0.5, 1.5])}),
+        ("non-negative", {"ts": np.array([-0.5, 0.5])}),
+        ("max_step", {"ts": np.array([0.5]), "max_step": 2.0}),
+        ("max_step", {"ts": np.array([0.5]), "max_step": -0.1}),
+        ("steps_per_interval", {"ts": np.array([0.5]), "steps_per_interval": 0}),
+        ("x0", {"ts": np.array([0.5]), "x0": jnp.zeros(3)}),
+    ]
+    for match, kwargs in cases:
+        with pytest.raises(ValueError, match=match):
+            gs.simulate(sde, **kwargs, key=key)
+    with pytest.raises(ValueError, match="steps_per_interval"):
+        jax.jit(lambda t: gs.simulate(sde, t, max_step=0.1, key=key).x)(jnp.array([0.5, 1.0]))
+
+
+def test_refuses_wrong_observations():
+    noise = gs.GaussianNoise(0.1)
+    ts, y = np.array([0.5, 1.0]), np.zeros(2)
+    cases = [
+        ("increasing", lambda: gs.Observed(ts[::-1].copy(), y, noise)),
+        ("increasing", lambda: gs.Observed(np.array([0.5, 0.5]), y, noise)),
+        ("one row per time", lambda: gs.Observed(ts, np.zeros(3), noise)),
+        ("all observations missing", lambda: gs.Observed(ts, y, noise, mask=np.zeros(2, bool))),
+        ("mask", lambda: gs.Observed(ts, np.array([0.0, np.nan]), noise)),
+        ("scale", lambda: gs.GaussianNoise(-1.0)),
+    ]
+    for match, build in cases:
+        with pytest.raises(ValueError, match=match):
+            build()
+    late = gs.Observed(np.array([0.5, 1.5]), y, noise)
+    with pytest.raises(ValueError, match="horizon"):
+        gs.kalman(ou(), late)
+    with pytest.raises(ValueError, match="horizon"):
+        gs.LinearGuide(ou(), late)
+    counts = gs.Observed(ts, y, lambda x: dist.Poisson(jnp.exp(x)))
+    for call in (gs.kalman, gs.LinearGuide):
+        with pytest.raises(ValueError, match="likelihood"):
+            call(ou(), counts)
+
+
+def test_refuses_what_the_filter_cannot_do_exactly():
+    observed = gs.Observed(np.array([0.5, 1.0]), np.zeros(2), gs.GaussianNoise(0.1))
+    curved = gs.FractionalSDE(lambda t, x: -(x**3), gs.Constant(1.0), CHEAP, 0.5, 1.0)
+    with pytest.raises(ValueError, match="drift"):
+        gs.kalman(curved, observed)
+    scaled = gs.FractionalSDE(gs.OrnsteinUhlenbeck(1.0), lambda t, x: 1 + t * jnp.ones_like(x), CHEAP, 0.5, 1.0)
+    with pytest.raises(ValueError, match="diffusion"):
+        gs.kalman(scaled, observed)
+    varying = gs.FractionalSDE(gs.OrnsteinUhlenbeck(1.0), gs.Constant(1.0), CHEAP, lambda t: 0.5, 1.0)
+    with pytest.raises(ValueError, match="hurst"):
+        gs.kalman(varying, observed)
+    assert bool(jnp.isfinite(gs.kalman(varying, observed, steps_per_interval=4)))
+
+
+def test_a_blow_up_names_step_and_state():
+    explosive = gs.FractionalSDE(lambda t, x: x**3, gs.Constant(0.1), CHEAP, 0.5, 10.0, x0=2.0)
+    with pytest.raises(ValueError, match=r"blew up in step \d+ .* state before it \[\S+\]"):
+        gs.simulate(explosive, np.array([10.0]), max_step=0.1, key=jr.key(0))
