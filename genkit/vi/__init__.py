@@ -1,0 +1,38 @@
+"""Programmable variational inference: objectives are programs, gradients are unbiased."""
+
+from ._control import cond as cond, scan as scan, vmap as vmap
+from ._expectation import E as E, exact as exact
+from ._multishot import RLOO as RLOO, DisARM as DisARM, Enum as Enum, Lanes as Lanes
+from ._mvd import MVD as MVD
+from ._program import (
+    Program as Program,
+    condition as condition,
+    draw as draw,
+    log_density as log_density,
+    program as program,
+    sample as sample,
+    with_grad as with_grad,
+)
+from ._strategies import (
+    Detach as Detach,
+    Implicit as Implicit,
+    Importance as Importance,
+    Learned as Learned,
+    LocalStrategy as LocalStrategy,
+    Moving as Moving,
+    Relaxed as Relaxed,
+    Reparam as Reparam,
+    Score as Score,
+    Strategy as Strategy,
+)
+from ._objectives import (
+    cubo as cubo,
+    elbo as elbo,
+    f_divergence as f_divergence,
+    forward_kl as forward_kl,
+    iwelbo as iwelbo,
+    renyi as renyi,
+    sleep as sleep,
+    wake_p as wake_p,
+    wake_q as wake_q,
+)
