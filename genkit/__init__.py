@@ -1,3 +1,36 @@
 """genkit: probabilistic programming and generative modelling in one house."""
 
-from ._core import Measure as Measure, NonFiniteError as NonFiniteError
+import importlib.metadata
+
+from . import (
+    data as data,
+    diffusion as diffusion,
+    guidance as guidance,
+    io as io,
+    nn as nn,
+)
+from ._core import (
+    AbstractSampler as AbstractSampler,
+    CorruptFileError as CorruptFileError,
+    Denoiser as Denoiser,
+    Draws as Draws,
+    Fitted as Fitted,
+    Guidance as Guidance,
+    Interrupted as Interrupted,
+    Measure as Measure,
+    NonFiniteError as NonFiniteError,
+    Objective as Objective,
+    Phase as Phase,
+    Problem as Problem,
+    Recipe as Recipe,
+    Sampler as Sampler,
+    SaveError as SaveError,
+    Table as Table,
+    fit as fit,
+    sample as sample,
+)
+from .diffusion import Schedule as Schedule
+from .io import DefinitionError as DefinitionError, load as load, save as save
+
+
+__version__ = importlib.metadata.version("genkit-jax")

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -24,13 +25,19 @@ def is_concrete(value: Any) -> bool:
 
 def describe(value: Any) -> str:
     """A short description of `value` for an error message: dtype and shape of arrays, `repr` of the rest."""
-    if hasattr(value, "shape") and hasattr(value, "dtype") and np.ndim(value) > 0:
-        return f"{value.dtype}{list(value.shape)}"
-    text = repr(value.item()) if hasattr(value, "item") and is_concrete(value) and np.ndim(value) == 0 else repr(value)
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        if value.shape or not is_concrete(value) or not _is_number(value):
+            return f"{value.dtype}{list(value.shape)}"
+        return repr(value.item())
+    text = repr(value)
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def check(condition: bool, name: str, expected: str, got: Any, hint: str = "") -> None:
+def _is_number(value: Any) -> bool:
+    return jnp.issubdtype(value.dtype, np.number) or jnp.issubdtype(value.dtype, np.bool_)
+
+
+def check(condition: bool | np.bool_, name: str, expected: str, got: Any, hint: str = "") -> None:
     """Raise `ValueError("`name` must be <expected>; got <got>. <hint>")` unless `condition` holds."""
     if not condition:
         tail = f" {hint}" if hint else ""
@@ -53,13 +60,14 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     if value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1)
         hint = f"Did you mean {near[0]!r}?" if near else ""
-        check(False, name, f"one of {', '.join(map(repr, choices))}", value, hint)
+        check(False, name, f"one of {', '.join(map(repr, choices))}", repr(value), hint)
 
 
 def check_finite(name: str, value: Any, hint: str = "") -> None:
     """Refuse arrays (or trees of arrays) that hold NaN or infinity; integers and keys always pass."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(value):
-        if not is_concrete(leaf) or not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        is_array = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)
+        if not is_concrete(leaf) or not (is_array or isinstance(leaf, (float, complex))):
             continue
         finite = np.isfinite(np.asarray(leaf))
         if not finite.all():
@@ -75,17 +83,20 @@ def check_finite(name: str, value: Any, hint: str = "") -> None:
 def check_interval(
     name: str, value: Any, lo: float = -np.inf, hi: float = np.inf, *, open_lo: bool = False, open_hi: bool = False
 ) -> None:
-    """Refuse numbers or arrays outside `[lo, hi]` (an end is excluded where `open_*` says so) and NaN."""
+    """Refuse numbers or arrays outside `[lo, hi]` (an end is excluded where `open_*` says so), NaN and non-numbers."""
     if not is_concrete(value):
         return
-    array = np.asarray(value)
-    above = array > lo if open_lo else array >= lo
-    below = array < hi if open_hi else array <= hi
     left, right = "(" if open_lo or lo == -np.inf else "[", ")" if open_hi or hi == np.inf else "]"
     if hi == np.inf and lo == 0:
         expected = "positive" if open_lo else "non-negative"
     else:
         expected = f"in {left}{lo}, {hi}{right}"
+    is_key = hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+    array = np.empty(0, object) if is_key else np.asarray(value)
+    if not (jnp.issubdtype(array.dtype, np.floating) or jnp.issubdtype(array.dtype, np.integer)):
+        check(False, name, f"real and {expected}", describe(value))
+    above = array > lo if open_lo else array >= lo
+    below = array < hi if open_hi else array <= hi
     if not (above & below).all():
         bad = array[~(above & below)].ravel()[0] if array.ndim else array
         check(False, name, expected, repr(bad.item()))
@@ -99,7 +110,7 @@ def check_positive(name: str, value: Any) -> None:
 def check_count(name: str, value: Any, minimum: int = 1) -> None:
     """Refuse anything but a Python (or NumPy) integer of at least `minimum`."""
     ok = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    check(ok and value >= minimum, name, f"an integer >= {minimum}", value)
+    check(ok and value >= minimum, name, f"an integer >= {minimum}", describe(value))
 
 
 def check_shape(name: str, value: Any, shape: Sequence[int | None], why: str = "") -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jaxtyping import Array, Float, Key, PyTree
 
-from ._checks import describe
+from ._checks import check_key, describe
 
 
 class Measure(eqx.Module):
@@ -67,6 +67,7 @@ class DistributionMeasure(Measure):
 
     def sample(self, *, key: Key[Array, ""]) -> tuple[PyTree, Float[Array, ""]]:
         """Draw one value of the joint law and its exact log-density."""
+        check_key(key)
         value = self.distribution.sample(key)
         return value, self.log_density(value)
 

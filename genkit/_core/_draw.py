@@ -1,0 +1,204 @@
+"""The drawing loop: one scan over the rows of a table, with its three hooks."""
+
+import itertools
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, PyTree
+
+from ._draw_hooks import after_step, before_step
+from ._guidance import Context, Guidance, Hooks
+from ._runner import Runner, Tally
+from ._table import HISTORY, Table
+
+
+Patterns = tuple[tuple[bool, ...] | None, ...]
+
+
+class State(NamedTuple):
+    """What the scan carries; the batch axis comes first, in `history` second."""
+
+    y: Array
+    base: Array
+    history: Array
+    guidance: PyTree
+    transforms: tuple[PyTree, ...]
+    population: PyTree
+    event: Any  # x_prev, x0 and reports of the step so far, where there is a population to see them
+    tally: Tally
+
+
+class Columns(NamedTuple):
+    """The columns of a table in the dtype of the state, and what follows from them; one row inside the scan."""
+
+    sigma: Array
+    sigma_start: Array
+    sigma_next: Array
+    step: Array
+    corrector: Array
+    evaluate: Array
+    slot: Array
+    p: Array
+    q: Array
+    a: Array
+    b: Array
+    c: Array
+    d: Array
+    e: Array
+    c_stage: Array
+    row: Array
+    first: Array  # the first row of its step
+    last: Array  # the last row of its step
+    sigma_after: Array  # noise level of the state after the row
+    d_before: Array  # weight of `base` in the state before the row
+    num_steps: Array
+
+
+class Draw(eqx.Module):
+    """The loop with everything that does not change from row to row.
+
+    Args:
+        runner: the guided denoiser.
+        hooks: guidance, transforms, population.
+        keys: one key per draw `(n,)`.
+        cond: conditions with leading axis `n`, or `None`.
+        trajectory: also return the state before each row and at the end.
+    """
+
+    runner: Runner
+    hooks: Hooks
+    keys: Array
+    cond: Any
+    trajectory: bool = eqx.field(static=True, default=False)
+
+    def __call__(
+        self, table: Table, x: Array, patterns: Patterns | None = None
+    ) -> tuple[Array, Tally, dict[str, Any], Array | None]:
+        """Run the table.
+
+        Args:
+            table: the sampler as data.
+            x: states at the first noise level `(n, *shape)`.
+            patterns: with a static plan, for each row the fixed pattern of evaluations, `None` where it makes none.
+
+        Returns:
+            The draws; the counts; the reports; the states before each row and at the end `(n, rows + 1, *shape)`, or
+            `None`.
+        """
+        columns = columns_of(table, x.dtype)
+        state = self._initial(columns, x)
+        outputs = []
+        for start, stop, pattern in _runs(patterns, table.num_rows):
+            part = jax.tree.map(lambda leaf, i=start, j=stop: leaf[i:j], columns)
+            state, output = lax.scan(lambda s, row, p=pattern: self._row(s, row, p), state, part)
+            outputs.append(output)
+        info, states = jax.tree.map(lambda *parts: jnp.moveaxis(jnp.concatenate(parts), 0, 1), *outputs)
+        if self.hooks.population is not None:
+            info |= jax.vmap(self.hooks.population.report)(state.population)
+        trajectory = jnp.concatenate([x[:, None], states], axis=1) if self.trajectory else None
+        return state.y, state.tally, info, trajectory
+
+    def context(self, row: Columns, x: Array, sigma: Array) -> Context:
+        """Where the batch stands: states `x` at noise level `sigma` within the step of `row`."""
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, row.row))(self.keys)
+        place = (row.sigma_start, row.sigma_next, row.step, row.num_steps, row.corrector)
+        return Context(x, sigma, *place, self.cond, keys)
+
+    def _initial(self, columns: Columns, x: Array) -> State:
+        """The state before the first row."""
+        n, population = len(x), self.hooks.population
+        carries = tuple(transform.init(x) for transform in self.hooks.transforms)
+        zero = jnp.zeros(n, jnp.int32)
+        history = jnp.zeros((HISTORY, *x.shape), x.dtype)
+        carry = jax.vmap(self._guidance.init)(x)
+        state = State(x, x, history, carry, carries, None, None, Tally(zero, zero))
+        if population is None:
+            return state
+        crowds = jax.vmap(population.init)(x.reshape(-1, population.num_particles, *x.shape[1:]))
+        row = jax.tree.map(lambda leaf: leaf[0], columns)
+        return state._replace(population=crowds, event=(x, x, self._blank(state, row)[2]))
+
+    @property
+    def _guidance(self) -> Guidance:
+        return self.runner.guidance
+
+    def _blank(self, state: State, row: Columns) -> Any:
+        """What an evaluation returns where none is made: zero predictions, the carry, missing reports, no counts."""
+        ctx = self.context(row, state.y, row.sigma)
+        x0, _, aux, tally = jax.eval_shape(self.runner, ctx, state.guidance)
+        missing = lambda s: jnp.full(s.shape, jnp.nan if jnp.issubdtype(s.dtype, jnp.floating) else 0, s.dtype)
+        zeros = lambda s: jnp.zeros(s.shape, s.dtype)
+        return zeros(x0), state.guidance, jax.tree.map(missing, aux), jax.tree.map(zeros, tally)
+
+    def _row(self, state: State, row: Columns, pattern: tuple[bool, ...] | None) -> tuple[State, Any]:
+        """One row of the table: evaluate, update, act at the ends of steps."""
+        state = before_step(self, state, row)
+        ctx = self.context(row, state.y, row.sigma)
+        evaluate, idle = lambda s: self.runner(ctx, s.guidance, pattern), lambda s: self._blank(s, row)
+        if self.runner.plan == "static":
+            x0, carry, aux, tally = (idle if pattern is None else evaluate)(state)
+        else:
+            x0, carry, aux, tally = lax.cond(row.evaluate, evaluate, idle, state)
+        history = lax.dynamic_update_index_in_dim(state.history, row.p * state.y + row.q * x0, row.slot, 0)
+        base = self._add_noise(row.a * state.base + _mix(row.b, history), row.c, row, 0)
+        y = self._add_noise(row.d * base + _mix(row.e, history), row.c_stage, row, 1)
+        state = state._replace(y=y, base=base, history=history, guidance=carry, tally=state.tally + tally)
+        if state.event is not None:
+            x_prev, seen, reports = state.event
+            kept = lambda new, old: jnp.where(row.evaluate, new, old)
+            state = state._replace(event=(x_prev, kept(x0, seen), jax.tree.map(kept, aux, reports)))
+        state = after_step(self, state, row)
+        return state, (aux, state.y if self.trajectory else None)
+
+    def _add_noise(self, mean: Array, scale: Array, row: Columns, stream: int) -> Array:
+        """Add noise of standard deviation `scale`; none is drawn where that is zero."""
+
+        def noisy(value: Array) -> Array:
+            def draw(key: Array) -> Array:
+                own = jax.random.fold_in(jax.random.fold_in(key, row.row), stream)
+                return jax.random.normal(own, value.shape[1:], value.dtype)
+
+            return value + scale * jax.vmap(draw)(self.keys)
+
+        return lax.cond(scale != 0, noisy, lambda value: value, mean)
+
+
+def columns_of(table: Table, dtype: Any) -> Columns:
+    """The columns that the loop scans over, cast to the dtype of the state."""
+    cast = lambda name: jnp.asarray(getattr(table, name), dtype)
+    floats = {name: cast(name) for name in ("sigma", "sigma_start", "sigma_next", "p", "q", "a", "b", "c", "d", "e")}
+    step, sigma = jnp.asarray(table.step), floats["sigma"]
+    turn, edge = step[1:] != step[:-1], jnp.ones(1, bool)
+    return Columns(
+        **floats,
+        c_stage=cast("c_stage"),
+        step=step,
+        corrector=jnp.asarray(table.corrector),
+        evaluate=jnp.asarray(table.evaluate),
+        slot=jnp.asarray(table.slot),
+        row=jnp.arange(table.num_rows),
+        first=jnp.concatenate([edge, turn]),
+        last=jnp.concatenate([turn, edge]),
+        sigma_after=jnp.concatenate([sigma[1:], floats["sigma_next"][-1:]]),
+        d_before=jnp.concatenate([jnp.ones(1, dtype), floats["d"][:-1]]),
+        num_steps=jnp.full(step.shape, step[-1] + 1),
+    )
+
+
+def _mix(weights: Array, history: Array) -> Array:
+    """Weighted sum over the history, written out because a matrix product may run at reduced precision."""
+    total = weights[0] * history[0]
+    for k in range(1, HISTORY):
+        total = total + weights[k] * history[k]
+    return total
+
+
+def _runs(patterns: Patterns | None, num_rows: int) -> list[tuple[int, int, tuple[bool, ...] | None]]:
+    """Consecutive rows of equal pattern, each run compiled as a scan of its own."""
+    if patterns is None:
+        return [(0, num_rows, None)]
+    cuts = [0, *(i for i in range(1, num_rows) if patterns[i] != patterns[i - 1]), num_rows]
+    return [(i, j, patterns[i]) for i, j in itertools.pairwise(cuts)]

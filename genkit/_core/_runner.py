@@ -1,0 +1,297 @@
+"""The runner: evaluates what a guidance needs, skips what it does not, and counts both."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from ._checks import check, is_concrete
+from ._denoiser import null_like
+from ._guidance import Context, Guidance, Prediction, Slot, same_evaluation
+
+
+PLANS = ("dynamic", "static", "compact")
+Need = bool | Bool[Array, " n"]
+
+
+class Unguided(Guidance):
+    """The plain prediction, as a guidance: one evaluation, always needed."""
+
+    def slots(self) -> tuple[Slot, ...]:
+        """The prediction under the given condition."""
+        return (Slot("given"),)
+
+    def init(self, x: Float[Array, " *shape"]) -> None:
+        """No carry."""
+        return
+
+    def plan(self, carry: PyTree, ctx: Context) -> Mapping[str, bool | Bool[Array, ""]]:
+        """Always needed."""
+        return {"given": True}
+
+    def combine(
+        self, preds: Mapping[str, Prediction], ctx: Context, carry: PyTree
+    ) -> tuple[Float[Array, " *shape"], PyTree, dict[str, Array]]:
+        """The prediction itself."""
+        return preds["given"].x0, carry, {}
+
+
+class Tally(NamedTuple):
+    """Evaluations per draw: rows really run, and those the method needs for that draw alone."""
+
+    executed: Int[Array, " n"]
+    logical: Int[Array, " n"]
+
+    def __add__(self, other: Any) -> "Tally":  # pyright: ignore[reportIncompatibleMethodOverride]
+        return Tally(self.executed + other.executed, self.logical + other.logical)
+
+
+class Runner(eqx.Module):
+    """A denoiser under a guidance, on a batch.
+
+    Args:
+        model: the denoiser that is sampled.
+        guidance: combines its evaluations.
+        plan: `"dynamic"` skips a slot by a scalar `cond` where no draw needs it; `"compact"` also gathers the draws
+            that need it into the smallest of five batch sizes; `"static"` takes a pattern fixed at compile time.
+        fuse: evaluate slots of one net in a single concatenated call.
+    """
+
+    model: Callable
+    guidance: Guidance
+    plan: str = eqx.field(static=True)
+    fuse: bool = eqx.field(static=True)
+
+    def __call__(
+        self, ctx: Context, carry: PyTree, pattern: tuple[bool, ...] | None = None
+    ) -> tuple[Float[Array, " n *shape"], PyTree, dict[str, Array], Tally]:
+        """Evaluate and combine.
+
+        Args:
+            ctx: the batch: `x`, `cond` and `key` with leading axis `n`, the rest scalar.
+            carry: carry of the guidance, leading axis `n`.
+            pattern: with `plan="static"`, whether each distinct evaluation of the first stage is made.
+
+        Returns:
+            The guided predictions, the new carry (the old one in a corrector row), the reports, the counts.
+        """
+        groups = merged(self.guidance.slots())
+        first = [group for group in groups if not group[0].second_stage]
+        needs = self._needs(first, ctx, carry)
+        if pattern is not None:
+            needs = list(pattern)
+        preds, tally = self._evaluate(first, needs, [None] * len(first), ctx)
+        second = [group for group in groups if group[0].second_stage]
+        if second:
+            asked = [each(lambda c, p, s, ask=g[0].ask: ask(p, c, s), ctx, preds, carry) for g in second]
+            needs = [_broadcast(jnp.asarray(need, bool), len(ctx.x)) for need, _ in asked]
+            more, extra = self._evaluate(second, needs, [cond for _, cond in asked], ctx)
+            preds, tally = preds | more, tally + extra
+        combine = self.guidance.combine
+        x0, new, aux = each(lambda c, p, s: combine(p, c, s), ctx, preds, carry)
+        held = jax.tree.map(lambda old, fresh: jnp.where(ctx.corrector, old, fresh), carry, new)
+        return x0, held, aux, tally
+
+    def _needs(self, groups: list[list[Slot]], ctx: Context, carry: PyTree) -> list[Need]:
+        """What the draws need of each distinct evaluation: a Python bool where that is fixed, else one bool each."""
+        fixed: dict[str, bool] = {}
+
+        def one(c: Context, state: PyTree) -> dict[str, Array]:
+            needs = self.guidance.plan(state, c)
+            known = {slot.name for group in groups for slot in group}
+            unknown = sorted(set(needs) - known)
+            check(not unknown, "plan", f"a dict over the first-stage slots {sorted(known)}", f"unknown {unknown}")
+            fixed.update({name: bool(need) for name, need in needs.items() if isinstance(need, (bool, np.bool_))})
+            return {name: jnp.asarray(need, bool) for name, need in needs.items() if name not in fixed}
+
+        varying = each(one, ctx, carry)
+        return [_any([fixed.get(s.name, varying.get(s.name, False)) for s in group]) for group in groups]
+
+    def _evaluate(
+        self, groups: list[list[Slot]], needs: list[Need], conds: list[Any], ctx: Context
+    ) -> tuple[dict[str, Prediction], Tally]:
+        """Evaluate each distinct evaluation where needed; predictions by slot name, and the counts."""
+        n = len(ctx.x)
+        results: dict[int, tuple[Prediction, Array]] = {}
+        together = [i for i, g in enumerate(groups) if self.fuse and _fusible(g[0]) and needs[i] is not False]
+        if len(together) > 1 and ctx.cond is not None:
+            results |= self._fused(together, [groups[i][0] for i in together], [needs[i] for i in together], ctx)
+        for i, (group, need, cond) in enumerate(zip(groups, needs, conds, strict=True)):
+            if i not in results:
+                results[i] = self._one(group[0], need, cond, ctx)
+        preds = {slot.name: results[i][0] for i, group in enumerate(groups) for slot in group}
+        zero = jnp.zeros(n, jnp.int32)
+        executed = sum((results[i][1] for i in results), zero)
+        logical = sum((results[i][0].present.astype(jnp.int32) for i in results), zero)
+        return preds, Tally(executed, logical)
+
+    def _one(self, slot: Slot, need: Need, asked: Any, ctx: Context) -> tuple[Prediction, Array]:
+        """One evaluation and how many rows it ran for each draw."""
+        n = len(ctx.x)
+        cond = _condition(slot, ctx, asked)
+        run = lambda x, c, key: _predict(self.model if slot.net is None else slot.net, slot, x, c, key, ctx)
+        nothing = (jnp.zeros_like(ctx.x), None if slot.loss is None else jnp.zeros_like(ctx.x))
+        if isinstance(need, bool):
+            x0, gradient = run(ctx.x, cond, ctx.key) if need else nothing
+            present = jnp.full(n, need)
+            return Prediction(x0, present, gradient), present.astype(jnp.int32)
+        if self.plan == "compact":
+            (x0, gradient), executed = _compacted(run, need, (ctx.x, cond, ctx.key), nothing)
+        else:
+            anyone = jnp.any(need)
+            x0, gradient = lax.cond(anyone, lambda: run(ctx.x, cond, ctx.key), lambda: nothing)
+            executed = jnp.full(n, anyone, jnp.int32)
+        # Another draw's need must not show: what a draw did not ask for is zero for it.
+        x0, gradient = jax.tree.map(lambda leaf: jnp.where(_broadcast(need, leaf.shape), leaf, 0), (x0, gradient))
+        return Prediction(x0, need, gradient), executed
+
+    def _fused(
+        self, where: list[int], slots: list[Slot], needs: list[Need], ctx: Context
+    ) -> dict[int, tuple[Prediction, Array]]:
+        """Several evaluations of the sampled net as one concatenated call."""
+        n, k = len(ctx.x), len(slots)
+        conds = [_condition(slot, ctx, None) for slot in slots]
+        data = [null_like(ctx.cond) if cond is None else cond for cond in conds]
+        x, key = jnp.concatenate([ctx.x] * k), jnp.concatenate([ctx.key] * k)
+        run = lambda x, cond: _predict(self.model, slots[0], x, cond, key, ctx)[0]
+        total = _any(needs)
+        if total is True:
+            out, executed = run(x, jnp.concatenate(data)), jnp.ones(n, jnp.int32)
+        else:
+            anyone = jnp.any(jnp.asarray(total))
+            out = lax.cond(anyone, run, lambda x, _: jnp.zeros_like(x), x, jnp.concatenate(data))
+            executed = jnp.full(n, anyone, jnp.int32)
+        parts = {}
+        for j, (i, need) in enumerate(zip(where, needs, strict=True)):
+            present = _broadcast(jnp.asarray(need), n)
+            mine = jnp.where(_broadcast(present, ctx.x.shape), out[j * n : (j + 1) * n], 0)
+            parts[i] = Prediction(mine, present), executed
+        return parts
+
+
+def merged(slots: tuple[Slot, ...]) -> list[list[Slot]]:
+    """Group slots that ask for the same evaluation."""
+    names = [slot.name for slot in slots]
+    check(len(set(names)) == len(names), "slots", "slots with different names", str(names))
+    groups: list[list[Slot]] = []
+    for slot in slots:
+        group = next((g for g in groups if same_evaluation(g[0], slot)), None)
+        if group is None:
+            groups.append([slot])
+        else:
+            group.append(slot)
+    return groups
+
+
+def each(fn: Callable, ctx: Context, *args: PyTree) -> Any:
+    """Map `fn(ctx, *args)` over the draws of a batch; noise levels and step stay scalar."""
+
+    def one(x: Array, cond: Any, key: Array, *rest: PyTree) -> Any:
+        return fn(at(ctx, x, cond, key), *rest)
+
+    return jax.vmap(one)(ctx.x, ctx.cond, ctx.key, *args)
+
+
+def at(ctx: Context, x: Array, cond: Any, key: Array) -> Context:
+    """`ctx` with another state, condition and key."""
+    return Context(x, ctx.sigma, ctx.sigma_start, ctx.sigma_next, ctx.step, ctx.num_steps, ctx.corrector, cond, key)
+
+
+def fixed_pattern(guidance: Guidance, ctx: Context, carry: PyTree) -> tuple[bool, ...]:
+    """What a guidance needs at a row, known on the host; for `plan="static"`.
+
+    Args:
+        guidance: its numbers must be concrete.
+        ctx: one draw (not a batch) whose noise levels and step are concrete; `x`, `cond` and `key` may be traced.
+        carry: carry of that draw; may be traced.
+
+    Returns:
+        One bool per distinct first-stage evaluation.
+
+    Raises:
+        ValueError: if the needs depend on more than noise levels and step.
+    """
+    with jax.ensure_compile_time_eval():
+        needs = guidance.plan(carry, ctx)
+    if not all(is_concrete(need) for need in needs.values()):
+        raise ValueError(
+            "`plan` must be 'dynamic' or 'compact' for a guidance whose needs depend on the draw or on its carry; got "
+            "'static', which asks for a plan that noise level and step decide."
+        )
+    groups = [group for group in merged(guidance.slots()) if not group[0].second_stage]
+    return tuple(any(bool(needs.get(slot.name, False)) for slot in group) for group in groups)
+
+
+def _predict(net: Callable, slot: Slot, x: Array, cond: Any, key: Array, ctx: Context) -> tuple[Array, Array | None]:
+    """Predictions of a batch, and the gradients of the slot's loss through them."""
+
+    def denoise(y: Array) -> Array:
+        x0 = jax.vmap(lambda one, c: net(one, ctx.sigma, c))(y, cond)
+        check(x0.shape == y.shape, "denoiser", f"a function that keeps the shape {y.shape[1:]}", f"{x0.shape[1:]}")
+        return x0.astype(y.dtype)
+
+    if slot.loss is None:
+        return denoise(x), None
+
+    def total(y: Array) -> tuple[Array, Array]:
+        x0 = denoise(y)
+        losses = jax.vmap(lambda d, one, c, k: slot.loss(d, at(ctx, one, c, k)))(x0, y, cond, key)
+        return jnp.sum(losses), x0  # draws do not interact, so the gradient of the sum is that of each
+
+    gradient, x0 = jax.grad(total, has_aux=True)(x)
+    return x0, gradient
+
+
+def _condition(slot: Slot, ctx: Context, asked: Any) -> Any:
+    """The conditions of a batch under which a slot is evaluated."""
+    if isinstance(slot.cond, str):
+        return {"given": ctx.cond, "null": None, "asked": asked}[slot.cond]
+    if slot.cond is None:
+        return None
+    cond = jnp.asarray(slot.cond)
+    return jnp.broadcast_to(cond, (len(ctx.x), *cond.shape))
+
+
+def _compacted(run: Callable, need: Array, inputs: PyTree, nothing: PyTree) -> tuple[PyTree, Array]:
+    """Run only the draws that need it, gathered into the smallest of five batch sizes that holds them."""
+    n = len(need)
+    sizes = sorted({0, -(-n // 4), -(-n // 2), -(-3 * n // 4), n})
+    order = jnp.argsort(~need, stable=True)
+
+    def branch(size: int) -> Callable:
+        def some(args: PyTree) -> PyTree:
+            rows = order[:size]
+            part = run(*jax.tree.map(lambda leaf: leaf[rows], args))
+            ran = jnp.zeros(n, jnp.int32).at[rows].set(1)
+            return jax.tree.map(lambda zero, leaf: zero.at[rows].set(leaf), nothing, part), ran
+
+        return some if size else lambda args: (nothing, jnp.zeros(n, jnp.int32))
+
+    index = jnp.searchsorted(jnp.asarray(sizes), jnp.sum(need))
+    return lax.switch(index, [branch(size) for size in sizes], inputs)
+
+
+def _fusible(slot: Slot) -> bool:
+    return slot.net is None and slot.loss is None and slot.ask is None
+
+
+def _any(needs: list[Need]) -> Need:
+    """Logical or, staying a Python bool where possible."""
+    if any(need is True for need in needs):
+        return True
+    arrays = [need for need in needs if not isinstance(need, bool)]
+    total: Need = False
+    for need in arrays:
+        total = need if total is False else total | need
+    return total
+
+
+def _broadcast(mask: Array, shape: int | tuple[int, ...]) -> Array:
+    """A mask over draws (or one for all) broadcast to `shape` from the left."""
+    shape = (shape,) if isinstance(shape, int) else shape
+    return jnp.broadcast_to(mask.reshape(mask.shape + (1,) * (len(shape) - mask.ndim)), shape)

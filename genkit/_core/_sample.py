@@ -1,0 +1,248 @@
+"""The verb `sample`: keys per draw, batches, checks, one compiled program."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key
+from tqdm import tqdm
+
+from ._checks import NonFiniteError, check, check_count, check_finite, check_key, describe, is_concrete
+from ._draws import Draws
+from ._sampler import AbstractSampler, Sampler, as_sampler, at_steps
+
+
+def sample(
+    sampler: Any,
+    denoiser: Callable,
+    num_samples: int,
+    *,
+    key: Key[Array, ""],
+    cond: Any = None,
+    guidance: Any = None,
+    x_init: Any = None,
+    shape: tuple[int, ...] | int | None = None,
+    batch_size: int | None = None,
+    trajectory: bool = False,
+) -> Draws:
+    """Draw from a model with a sampler, in compiled batches.
+
+    Draw `i` depends on `fold_in(key, i)`, its own condition and its own initial state, never on `batch_size` or on the
+    other draws. One program is compiled per shape; other values (grid, scales, conditions, weights) reuse it.
+
+    Args:
+        sampler: a `Table`, such as `gk.diffusion.heun(grid)`, or a sampler.
+        denoiser: a `Denoiser`, or any callable pytree `(x, sigma, cond=None) -> x0` for one example.
+        num_samples: number of draws `n`.
+        cond: condition: a scalar for all draws, or an array with one entry per draw `(n, ...)`; `None` for none.
+        guidance: a guidance, a step transform, a population, or a tuple of these; not if the sampler brings one.
+        x_init: states at the first noise level `(n, *shape)`, that is `x0 + sigma_max * eps`; drawn if not given.
+        shape: shape of one example; required where neither the denoiser nor `x_init` tells.
+        batch_size: draws per batch, by default all at once; the last batch is padded. A multiple of the population.
+        trajectory: also return the states at the levels of the grid.
+        key: typed PRNG key.
+
+    Returns:
+        `Draws`: `.value` `(n, *shape)`, `.nfe` `(n,)`, `.nfe_logical` `(n,)`, `.info`, `.trajectory`
+        `(n, num_steps + 1, *shape)` or `None`.
+
+    Raises:
+        TypeError: for a legacy key, or arguments of another kind.
+        ValueError: for shapes that do not fit, labels out of range, a missing condition, guidance given twice.
+        NonFiniteError: if a draw (or `x_init`) holds NaN or infinity; names the draw and the noise level where it
+            arose, and keeps all draws of its batch in `error.draws`.
+
+    Example:
+        >>> import jax
+        >>> import genkit as gk
+        >>> denoiser = gk.diffusion.GaussianDenoiser(jax.numpy.zeros(2), jax.numpy.eye(2))
+        >>> table = gk.diffusion.heun(gk.diffusion.karras(10, 0.01, 80.0))
+        >>> draws = gk.sample(table, denoiser, 5, key=jax.random.key(0))
+        >>> draws.value.shape, int(draws.nfe[0])
+        ((5, 2), 19)
+    """
+    check_key(key)
+    check_count("num_samples", num_samples)
+    sampler = _with_guidance(as_sampler(sampler), guidance)
+    if not callable(denoiser):
+        raise TypeError(
+            f"`denoiser` must be a callable (x, sigma, cond=None) -> x0; got {describe(denoiser)}. "
+            "A trained model is in `fitted.ema` or `fitted.model`."
+        )
+    block = getattr(sampler, "block_size", 1)
+    size = _batch_size(num_samples, batch_size, block)
+    x_init = _check_x_init(x_init, num_samples)
+    shape = _shape(shape, denoiser, x_init)
+    cond = _check_cond(cond, denoiser, num_samples, block)
+    if isinstance(sampler, Sampler):
+        sampler = sampler.prepared(shape, cond)
+    batches = []
+    starts = range(0, num_samples, size)
+    for start in tqdm(starts, desc="sample", unit="batch", disable=None if len(starts) > 1 else True, delay=2):
+        rows = np.arange(start, start + size)
+        # Padding repeats the last draw's condition and state under keys that no draw has.
+        held = np.minimum(rows, num_samples - 1)
+        pick = lambda leaf, held=held: leaf if len(starts) == 1 else leaf[held]
+        inputs = jax.tree.map(pick, (cond, x_init))
+        draws = _draw(sampler, denoiser, key, jnp.asarray(rows), inputs, shape, trajectory)
+        if trajectory and isinstance(sampler, Sampler):
+            draws = eqx.tree_at(lambda d: d.trajectory, draws, at_steps(sampler.table, draws.trajectory))
+        retrace = lambda i=inputs, r=rows: _draw(sampler, denoiser, key, jnp.asarray(r), i, shape, True)
+        draws = _check_draws(draws, start, num_samples, sampler, retrace)
+        batches.append(draws)
+    return _join(batches, num_samples, size)
+
+
+@eqx.filter_jit
+def _draw(
+    sampler: AbstractSampler, denoiser: Callable, key: Array, rows: Array, inputs: Any, shape: Any, trajectory: bool
+) -> Draws:
+    """One batch, compiled."""
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(rows)
+    cond, x_init = inputs
+    extra = {"trajectory": True} if trajectory else {}
+    return sampler.draw(denoiser, keys, cond=cond, x_init=x_init, shape=shape, **extra)
+
+
+def _with_guidance(sampler: AbstractSampler, guidance: Any) -> AbstractSampler:
+    """Give the sampler the guidance of the call, refusing two of them."""
+    if guidance is None:
+        return sampler
+    if not hasattr(sampler, "guidance"):
+        raise ValueError(f"`guidance` must be None with {type(sampler).__name__}, which takes none; got {guidance!r}.")
+    if sampler.guidance is not None:
+        raise ValueError(
+            "`guidance` must be given once; got one in the sampler and one in the call. "
+            "Drop one, or pass the bare table."
+        )
+    if isinstance(sampler, Sampler):
+        return Sampler(sampler.table, guidance, plan=sampler.plan, fuse=sampler.fuse)
+    return eqx.tree_at(lambda s: s.guidance, sampler, guidance, is_leaf=lambda leaf: leaf is None)
+
+
+def _batch_size(num_samples: int, batch_size: int | None, block: int) -> int:
+    """Draws per batch."""
+    hint = f"Each block of {block} draws is one population."
+    check(num_samples % block == 0, "num_samples", f"a multiple of {block}", num_samples, hint)
+    if batch_size is None:
+        return num_samples
+    check_count("batch_size", batch_size)
+    check(batch_size % block == 0, "batch_size", f"a multiple of {block}", batch_size, hint)
+    return min(batch_size, num_samples)
+
+
+def _check_x_init(x_init: Any, num_samples: int) -> Array | None:
+    """The initial states as floating numbers, one per draw."""
+    if x_init is None:
+        return None
+    x_init = jnp.asarray(x_init)
+    if jnp.issubdtype(x_init.dtype, jnp.integer):
+        x_init = x_init.astype(jnp.result_type(float))
+    check(bool(jnp.issubdtype(x_init.dtype, jnp.floating)), "x_init", "of a floating dtype", x_init)
+    ok = x_init.ndim > 0 and len(x_init) == num_samples
+    check(ok, "x_init", f"of shape (num_samples, *shape) with num_samples = {num_samples}", f"shape {x_init.shape}")
+    check_finite("x_init", x_init)
+    return x_init
+
+
+def _shape(shape: Any, denoiser: Any, x_init: Array | None) -> tuple[int, ...]:
+    """The shape of one example, from whoever knows it; all who do must agree."""
+    if isinstance(shape, (int, np.integer)):
+        shape = (int(shape),)
+    own = getattr(denoiser, "shape", None)
+    told = {
+        "the argument `shape`": None if shape is None else tuple(shape),
+        "the denoiser": None if own is None else tuple(own),
+        "`x_init`": None if x_init is None else x_init.shape[1:],
+    }
+    known = {who: what for who, what in told.items() if what is not None}
+    if not known:
+        raise ValueError(
+            "`shape` must be given where neither the denoiser nor `x_init` tells the shape of one example; got None. "
+            "Pass, say, `shape=(2,)`."
+        )
+    says = ", ".join(f"{what} from {who}" for who, what in known.items())
+    check(len(set(known.values())) == 1, "shape", "the same wherever it is known", says)
+    return next(iter(known.values()))
+
+
+def _check_cond(cond: Any, denoiser: Any, num_samples: int, block: int) -> Array | None:
+    """One condition per draw; labels in range."""
+    if cond is None:
+        return None
+    try:
+        cond = jnp.asarray(cond)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"`cond` must be a number or an array of numbers; got {describe(cond)}.") from error
+    integer, floating = (jnp.issubdtype(cond.dtype, kind) for kind in (jnp.integer, jnp.floating))
+    if not (integer or floating):
+        raise TypeError(f"`cond` must hold integers (labels) or floating numbers; got {describe(cond)}.")
+    labels = getattr(denoiser, "num_labels", None)
+    if labels is not None and integer and is_concrete(cond):
+        found = np.asarray(cond)
+        wrong = found[(found < -1) | (found >= labels)]
+        if wrong.size:
+            expected = f"labels from 0 to {labels - 1}, or -1 for none"
+            check(False, "cond", expected, f"{wrong.ravel()[0]}")
+    if integer:
+        cond = cond.astype(jnp.int32)
+    elif labels is not None and cond.ndim <= 1:
+        raise TypeError(
+            f"`cond` must hold integer labels from 0 to {labels - 1}, or -1 for none; got {describe(cond)}."
+        )
+    if cond.ndim == 0:
+        return jnp.broadcast_to(cond, (num_samples,))
+    hint = "Give a scalar for all draws, or one entry per draw."
+    check(len(cond) == num_samples, "cond", f"a scalar or of length {num_samples}", f"shape {cond.shape}", hint)
+    if block > 1 and is_concrete(cond):
+        blocks = np.asarray(cond).reshape(-1, block, *cond.shape[1:])
+        same = np.array_equal(blocks, np.broadcast_to(blocks[:, :1], blocks.shape), equal_nan=bool(floating))
+        check(same, "cond", f"the same within each population of {block} draws", cond)
+    return cond
+
+
+def _check_draws(
+    draws: Draws, start: int, num_samples: int, sampler: AbstractSampler, retrace: Callable[[], Draws]
+) -> Draws:
+    """Refuse draws that hold NaN or infinity, saying where they arose."""
+    if not is_concrete(draws.value):
+        bad = ~jnp.all(jnp.isfinite(draws.value))
+        value = eqx.error_if(draws.value, bad, "`gk.sample`: a draw holds NaN or infinity.")
+        return eqx.tree_at(lambda d: d.value, draws, value)
+    finite = np.isfinite(np.asarray(draws.value)).reshape(len(draws.value), -1).all(axis=1)[: num_samples - start]
+    if finite.all():
+        return draws
+    first = int(np.flatnonzero(~finite)[0])
+    where = ""
+    if isinstance(sampler, Sampler):
+        states = np.asarray(retrace().trajectory)[first]
+        broken = ~np.isfinite(states).reshape(len(states), -1).all(axis=1)
+        row = max(int(np.argmax(broken)) - 1, 0)
+        level = float(np.asarray(sampler.table.sigma)[row])
+        where = f", first after row {row} of the sampler (noise level {level:g})"
+    error = NonFiniteError(
+        f"draws must be finite; got NaN or infinity in {int((~finite).sum())} of {finite.size} draws of a batch, draw "
+        f"{start + first}{where}. Check the denoiser at that noise level, the scale of the guidance, and `x_init`; "
+        "`error.draws` keeps the batch."
+    )
+    error.draws = draws
+    raise error
+
+
+def _join(batches: list[Draws], num_samples: int, size: int) -> Draws:
+    """Concatenate batches and drop the padding, whose evaluations count for the draws of the last batch."""
+    total = len(batches) * size
+    if total == num_samples and len(batches) == 1:
+        return batches[0]
+    last = batches[-1]
+    real = size - (total - num_samples)
+    if real < size:
+        extra = jnp.sum(last.nfe[real:])
+        share = extra // real + (jnp.arange(size) < extra % real)
+        batches = [*batches[:-1], eqx.tree_at(lambda d: d.nfe, last, last.nfe + share)]
+    # Reports may have one entry per population: the fraction that is real is the same.
+    join = lambda *parts: jnp.concatenate(parts)[: len(parts) * len(parts[0]) * num_samples // total]
+    return jax.tree.map(join, *batches)

@@ -1,0 +1,90 @@
+"""What networks are told besides the state: the noise level (or time) and the condition."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from genkit._core._checks import check, check_count, describe
+
+
+# Periods of the time features: from the whole range of log(sigma)/4 or of t in [0, 1] down to a sixteenth of a unit.
+_LOWEST_FREQUENCY, _HIGHEST_FREQUENCY = 0.125, 16.0
+
+
+class ConditionEmbedding(eqx.Module):
+    """The noise level (or time) and the condition as one vector, which modulates every block of a network.
+
+    The condition is a label, or a vector; `None`, the label -1 and a vector with a NaN all mean "no condition" and
+    share one learned embedding.
+
+    Args:
+        size: length of the embedding, even.
+        num_labels: number of classes, for labels as conditions.
+        cond_size: length of the condition, for vectors as conditions (1 also takes scalars).
+        key: typed PRNG key.
+    """
+
+    time_in: eqx.nn.Linear
+    time_out: eqx.nn.Linear
+    null: Float[Array, " size"] | None
+    table: Float[Array, " num_labels size"] | None
+    project: eqx.nn.Linear | None
+    num_labels: int | None = eqx.field(static=True)
+    cond_size: int | None = eqx.field(static=True)
+
+    def __init__(self, size: int, *, num_labels: int | None = None, cond_size: int | None = None, key: Key[Array, ""]):
+        check_count("size", size, 2)
+        check(size % 2 == 0, "size", "even", size)
+        check(num_labels is None or cond_size is None, "num_labels` and `cond_size", "given one at most", "both")
+        for name, count in (("num_labels", num_labels), ("cond_size", cond_size)):
+            if count is not None:
+                check_count(name, count)
+        key_in, key_out, key_null, key_cond = jr.split(key, 4)
+        self.time_in = eqx.nn.Linear(size, size, key=key_in)
+        self.time_out = eqx.nn.Linear(size, size, key=key_out)
+        conditional = num_labels is not None or cond_size is not None
+        self.null = jr.normal(key_null, (size,)) if conditional else None
+        self.table = jr.normal(key_cond, (num_labels, size)) if num_labels is not None else None
+        self.project = eqx.nn.Linear(cond_size, size, key=key_cond) if cond_size is not None else None
+        self.num_labels, self.cond_size = num_labels, cond_size
+
+    def __call__(self, t: Float[Array, ""], cond: Any = None) -> Float[Array, " size"]:
+        """Embed a time and a condition.
+
+        Args:
+            t: time, or a function of the noise level of the order of one.
+            cond: condition, or `None`.
+
+        Returns:
+            The embedding.
+
+        Raises:
+            ValueError: for a condition that the embedding does not take.
+        """
+        frequencies = np.geomspace(_LOWEST_FREQUENCY, _HIGHEST_FREQUENCY, self.time_in.in_features // 2)
+        phase = 2 * np.pi * t * jnp.asarray(frequencies, t.dtype)
+        features = jnp.concatenate([jnp.cos(phase), jnp.sin(phase)])
+        embedding = self.time_out(jax.nn.silu(self.time_in(features)))
+        if self.null is None:
+            check(cond is None, "cond", "None, because this network is unconditional", cond)
+            return jax.nn.silu(embedding)
+        return jax.nn.silu(embedding + self._embed_condition(cond))
+
+    def _embed_condition(self, cond: Any) -> Float[Array, " size"]:
+        """The embedding of a condition, or of its absence."""
+        if cond is None:
+            return self.null
+        cond = jnp.asarray(cond)
+        if self.table is not None:
+            label = cond.shape == () and jnp.issubdtype(cond.dtype, jnp.signedinteger)
+            check(label, "cond", "one integer label", describe(cond))
+            return jnp.where(cond < 0, self.null, self.table[jnp.maximum(cond, 0)])
+        fits = cond.size == self.cond_size and jnp.issubdtype(cond.dtype, jnp.floating)
+        check(fits, "cond", f"a floating vector of length {self.cond_size}", describe(cond))
+        absent = jnp.isnan(cond).any()
+        return jnp.where(absent, self.null, self.project(jnp.where(absent, 0, cond).ravel()))

@@ -1,0 +1,160 @@
+"""One battery that every concrete public module passes.
+
+The cases live beside the tests of each wing, in `tests/<wing>/contracts.py`, as a list `CASES` of `contract.Case`: a
+new class lands with a line there. `test_every_public_module_has_a_case` holds that.
+"""
+
+import importlib.util
+import inspect
+import re
+from pathlib import Path
+
+import contract
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import genkit
+
+
+def collect() -> dict[str, contract.Case]:
+    cases = {}
+    for path in sorted(Path(__file__).parent.glob("*/contracts.py")):
+        spec = importlib.util.spec_from_file_location(f"contracts_{path.parent.name}", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        for case in module.CASES:
+            name = f"{path.parent.name}: {case.name}"
+            assert name not in cases, f"two cases are called {name!r}"
+            cases[name] = case
+    return cases
+
+
+CASES = collect()
+each_case = pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES.items()])
+
+
+def public_modules() -> set[type]:
+    spaces = [genkit, *(v for v in vars(genkit).values() if inspect.ismodule(v) and v.__name__.startswith("genkit."))]
+    found = {
+        v for space in spaces for name, v in vars(space).items() if inspect.isclass(v) and not name.startswith("_")
+    }
+    ours = {cls for cls in found if issubclass(cls, eqx.Module) and cls.__module__.startswith("genkit.")}
+    return {cls for cls in ours if not inspect.isabstract(cls) and not getattr(cls, "__abstractvars__", ())}
+
+
+def test_every_public_module_has_a_case():
+    covered = {cls for case in CASES.values() for cls in case.classes()}
+    lacking = sorted(f"{cls.__module__}.{cls.__name__}" for cls in public_modules() - covered)
+    assert not lacking, f"add a Case to tests/<wing>/contracts.py for: {', '.join(lacking)}"
+
+
+def allclose(a, b, rtol=1e-5, atol=1e-5):
+    left, right = jax.tree.leaves(a), jax.tree.leaves(b)
+    assert len(left) == len(right)
+    for x, y in zip(left, right, strict=True):
+        x, y = np.asarray(x), np.asarray(y)
+        assert x.dtype == y.dtype and x.shape == y.shape
+        np.testing.assert_allclose(x.astype(np.float64), y.astype(np.float64), rtol=rtol, atol=atol)
+
+
+@each_case
+def test_round_trip_through_leaves(case):
+    module = case.make()
+    leaves, structure = jax.tree.flatten(module)
+    again = jax.tree.unflatten(structure, leaves)
+    assert type(again) is type(module)
+    assert eqx.tree_equal(again, module)
+
+
+@each_case
+def test_same_arguments_same_structure(case):
+    # Static fields must compare equal and hash: otherwise every new object compiles again.
+    first, second = case.make(), case.make()
+    arrays, static = eqx.partition(first, eqx.is_array)
+    arrays_again, static_again = eqx.partition(second, eqx.is_array)
+    assert jax.tree.structure(static) == jax.tree.structure(static_again)
+    assert hash(jax.tree.structure(first)) == hash(jax.tree.structure(second))
+    assert jax.tree.structure(arrays) == jax.tree.structure(arrays_again)
+
+
+@each_case
+def test_numbers_are_arrays(case):
+    loose = [
+        f"{jax.tree_util.keystr(path)} = {leaf!r}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(case.make())
+        if isinstance(leaf, (bool, int, float, complex))
+    ]
+    assert not loose, f"Python numbers as leaves are static under filter_jit: {loose}"
+
+
+@each_case
+def test_immutable(case):
+    module = case.make()
+    with pytest.raises(AttributeError):
+        module.no_such_field = 1
+
+
+@each_case
+def test_repr_is_readable(case):
+    module = case.make()
+    text = re.sub(r"<numpyro\.\S+ object at 0x\w+", "", repr(module))  # numpyro's laws do not do better
+    assert type(module).__name__ in text
+    assert " at 0x" not in text, f"an address in {text!r}: use a module or a named function instead of a lambda"
+
+
+@each_case
+def test_jit_equals_eager_and_compiles_once(case, compilations):
+    if case.use is None:
+        pytest.skip("a record: nothing to call")
+    run = eqx.filter_jit(case.use)
+    first, same = case.make(), case.make()
+    eager = case.use(first)
+    jitted = run(first)
+    allclose(jitted, eager, case.rtol, case.rtol)
+    with compilations() as count:
+        run(same)
+    assert count() == 0
+
+
+@each_case
+def test_vmap_equals_loop(case):
+    if case.use is None or not case.vmap:
+        pytest.skip("nothing to vectorise")
+    module = case.make()
+    twice = jax.tree.map(lambda x: jnp.stack([x, x]) if eqx.is_array(x) else x, module)
+    mapped = eqx.filter_vmap(case.use, in_axes=(eqx.if_array(0),))(twice)
+    alone = case.use(module)
+    allclose(jax.tree.map(lambda x: x[1], mapped), alone, case.rtol, case.rtol)
+
+
+@each_case
+@pytest.mark.parametrize("double", [False, True])
+def test_dtype_is_kept(case, double):
+    if case.use is None or not case.dtype:
+        pytest.skip("no floating result by design")
+    with jax.enable_x64(double):
+        outputs = jax.tree.leaves(case.use(case.make()))
+        wanted = jnp.float64 if double else jnp.float32
+        floating = [x for x in outputs if jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating)]
+        assert floating, "the case returns no floating array: set dtype=False"
+        assert {str(x.dtype) for x in floating} == {jnp.dtype(wanted).name}
+
+
+@each_case
+def test_gradients_are_finite(case):
+    if case.use is None or not case.grad:
+        pytest.skip("not differentiable by design")
+    module = case.make()
+    floating, rest = eqx.partition(module, eqx.is_inexact_array)
+
+    def total(part):
+        outputs = jax.tree.leaves(case.use(eqx.combine(part, rest)))
+        return sum(jnp.sum(x) for x in outputs if jnp.issubdtype(x.dtype, jnp.floating))
+
+    gradients = jax.tree.leaves(jax.grad(total)(floating))
+    assert gradients, "no floating leaves: set grad=False"
+    assert all(np.isfinite(g).all() for g in gradients)
+    assert case.zero_grad or any(np.any(np.asarray(g) != 0) for g in gradients)
