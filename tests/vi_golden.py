@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
-import pytest
 
 from genkit import vi
 
@@ -36,7 +35,3 @@ def g1_exact(objective, grad_a=None, grad_b=None):
     return jax.jit(jax.value_and_grad(fn))(jnp.array(T))
 
 
-@pytest.fixture
-def f64():
-    with jax.enable_x64(True):
-        yield

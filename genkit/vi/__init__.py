@@ -36,3 +36,19 @@ from ._objectives import (
     wake_p as wake_p,
     wake_q as wake_q,
 )
+from ._nested import (
+    SIR as SIR,
+    SMC as SMC,
+    flow as flow,
+    marginal as marginal,
+    normalize as normalize,
+)
+from ._fit import Fit as Fit, Plateau as Plateau
+from ._guides import (
+    Guide as Guide,
+    flow_guide as flow_guide,
+    full_rank as full_rank,
+    low_rank as low_rank,
+    mean_field as mean_field,
+)
+from ._maximize import ProgramObjective as ProgramObjective, maximize as maximize, minimize as minimize

@@ -107,7 +107,8 @@ def decide(frame: Frame, address: str, law: dist.Distribution, named: Strategy |
         strategy, reason = default_strategy(frame, law)
     if not isinstance(strategy, Strategy):
         raise TypeError(f"`grad` at site {address!r} must be a gk.vi.Strategy; got {describe(strategy)}.")
-    strategy.check(law, address)
+    if hasattr(strategy, "check"):
+        strategy.check(law, address)
     log = _DECISIONS.get()
     if log is not None:
         log[address] = Decision(address, kind(law), strategy, reason, is_finite(law))

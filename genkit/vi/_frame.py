@@ -353,6 +353,8 @@ def enumerate_draws(run: Callable[[], Any], choices: tuple, paths: int, max_path
 
 def as_scalar(out: Any, what: str) -> Any:
     """Check that an objective returned a real scalar."""
+    if np.shape(out) == () and jnp.issubdtype(jnp.result_type(out), jnp.integer):
+        return jnp.asarray(out).astype(float)
     if np.shape(out) != () or not jnp.issubdtype(jnp.result_type(out), jnp.floating):
         got = jax.tree.map(lambda leaf: (jnp.result_type(leaf).name, np.shape(leaf)), out)
         raise ValueError(f"`{what}` must return a real scalar; got {got}. Sum or average over the batch.")

@@ -7,7 +7,7 @@ by attaching something to the drawn value, so the program runs once.
 
 import abc
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -37,13 +37,11 @@ class Strategy(eqx.Module):
 
     `strategy(key, dist, k)` returns a scalar `s` with $E[s] = E_{v \sim q}[k(v)]$ and
     $E[\partial s] = \partial E_{v \sim q}[k(v)]$, where `k` may be called any number of times (also under `jax.vmap`).
-    Subclass it to write your own; see the page "Write your own strategy".
+    Subclass it to write your own. A method `check(law, address)`, where there is one, is asked before a site is drawn and
+    raises for laws the strategy cannot serve. `unbiased` says whether expected gradients are exact.
     """
 
-    @property
-    def unbiased(self) -> bool:
-        """Whether expected gradients are exact."""
-        return True
+    unbiased: ClassVar[bool] = True
 
     @abc.abstractmethod
     def __call__(
@@ -59,15 +57,6 @@ class Strategy(eqx.Module):
         Returns:
             A scalar surrogate.
         """
-
-    def check(self, law: dist.Distribution, address: str) -> None:
-        """Refuse a law this strategy cannot serve (default: serves all).
-
-        Args:
-            law: the numpyro law of the site.
-            address: the address of the site, for the message.
-        """
-        del law, address
 
 
 class LocalStrategy(Strategy):
@@ -130,10 +119,7 @@ class Reparam(LocalStrategy):
 class Detach(LocalStrategy):
     """Draw without any gradient through this site: what wake phases do. Deliberately drops a term."""
 
-    @property
-    def unbiased(self) -> bool:
-        """False: the site's gradient is dropped on purpose."""
-        return False
+    unbiased: ClassVar[bool] = False
 
     def attach(self, key: Key[Array, ""], law: dist.Distribution) -> Attached:
         """Draw and stop the gradient."""
@@ -306,16 +292,13 @@ class Relaxed(LocalStrategy):
     Source: Maddison, Mnih & Teh, "The Concrete Distribution", ICLR 2017, appendix B.
     """
 
+    unbiased: ClassVar[bool] = False
     temperature: Shaped[Array, ""] = eqx.field(converter=jnp.asarray)
 
     def __check_init__(self) -> None:
         """Validate the temperature."""
         check_positive("temperature", self.temperature)
 
-    @property
-    def unbiased(self) -> bool:
-        """False: the relaxed program is another program."""
-        return False
 
     def attach(self, key: Key[Array, ""], law: dist.Distribution) -> Attached:
         """Draw the relaxed value."""

@@ -10,9 +10,9 @@ from genkit import vi
 from genkit.vi import MVD, RLOO, DisARM, Enum, Importance, Lanes, Score
 
 
-from g1 import T, g1_exact, g1_guide, g1_model
+from vi_golden import T, g1_exact, g1_guide, g1_model
 
-pytestmark = pytest.mark.usefixtures("f64")
+pytestmark = pytest.mark.usefixtures("x64")
 
 ELBO = (-2.175770668812, (-0.480279, -0.451320, -0.265749))
 IW2 = (-1.828724763866, (-0.328574, -0.292226, -0.108152))
@@ -40,7 +40,7 @@ def brute(functional, size):
         index = np.indices((4,) * size).reshape(size, -1)
         return jnp.sum(jnp.exp(log_q[index].sum(0)) * functional(log_w[index]))
 
-    return jax.value_and_grad(fn)(jnp.array(T))
+    return jax.jit(jax.value_and_grad(fn))(jnp.array(T))
 
 
 def assert_same(got, want, atol=1e-12):
@@ -72,18 +72,18 @@ def test_elbo_of_every_mix_is_exact(grad_a, grad_b):
     assert_same(got, brute(lambda w: w[0], 1))
 
 
-@pytest.mark.parametrize(("grad_a", "grad_b"), [(None, None), (Score(), Score()), (Score(), Enum()), (RLOO(2), RLOO(2))])
+@pytest.mark.parametrize(("grad_a", "grad_b"), [(Score(), Score()), (Score(), Enum())])
 def test_importance_weighted_bound_of_two(grad_a, grad_b):
     got = g1_exact(lambda p, q: vi.iwelbo(p, q, 2), grad_a, grad_b)
     check(got, IW2)
-    assert_same(got, brute(vi._objectives.log_mean_exp, 2))
+    assert_same(got, brute(lambda w: jax.nn.logsumexp(w, 0) - jnp.log(w.shape[0]), 2))
 
 
 @pytest.mark.parametrize("estimator", ["auto", "vimco"])
 def test_importance_weighted_bound_of_three(estimator):
     got = g1_exact(lambda p, q: vi.iwelbo(p, q, 3, estimator=estimator))
     check(got, IW3)
-    assert_same(got, brute(vi._objectives.log_mean_exp, 3))
+    assert_same(got, brute(lambda w: jax.nn.logsumexp(w, 0) - jnp.log(w.shape[0]), 3))
 
 
 def test_importance_weighted_bound_of_five():
@@ -111,7 +111,7 @@ def test_forward_kl_from_the_known_posterior():
         q = vi.program(g1_guide())(t)
         return vi.exact(lambda: vi.forward_kl(vi.program(posterior)(), q))()
 
-    value, gradient = jax.value_and_grad(fn)(jnp.array(T))
+    value, gradient = jax.jit(jax.value_and_grad(fn))(jnp.array(T))
     np.testing.assert_allclose(value, 0.554900323255, atol=1e-7)
     np.testing.assert_allclose(gradient, (0.381415, 0.321282, 0.067726), atol=1e-6)
 
@@ -137,7 +137,7 @@ def test_hessian_of_the_enumerated_bound_is_exact():
         return total
 
     t = jnp.array(T)
-    np.testing.assert_allclose(jax.hessian(fn)(t), jax.hessian(plain)(t), atol=1e-12)
+    np.testing.assert_allclose(jax.jit(jax.hessian(fn))(t), jax.jit(jax.hessian(plain))(t), atol=1e-12)
 
 
 # --- G5: loops and branches ---------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def test_scan_with_dependent_steps_is_exact():
 
         return program
 
-    want = jax.value_and_grad(vi.exact(fn(Score())))(0.3)
+    want = jax.jit(jax.value_and_grad(vi.exact(fn(Score()))))(0.3)
     for strategy in (Lanes(), MVD()):
         assert_same(jax.jit(jax.value_and_grad(vi.exact(fn(strategy))))(0.3), want)
 
@@ -184,7 +184,7 @@ def test_unrolled_hessian():
     def fn(p):
         return sum(vi.sample(f"b{i}", dist.Bernoulli(p)) for i in range(4)) ** 2
 
-    assert jnp.allclose(jax.hessian(lambda p: vi.E(fn)(p, key=jax.random.key(0)))(0.3), 24.0, atol=1e-12)
+    assert jnp.allclose(jax.jit(jax.hessian(lambda p: vi.E(fn)(p, key=jax.random.key(0))))(0.3), 24.0, atol=1e-12)
 
 
 @pytest.mark.parametrize("strategy", [Score(), Lanes(), MVD(), RLOO(2)])
@@ -198,7 +198,7 @@ def test_vmap_lanes_are_exact(strategy):
         mean = jnp.sum(jnp.array([0.5, 0.8]) * q)
         return mean**2 + jnp.sum(jnp.array([0.25, 0.64]) * q * (1 - q))
 
-    assert_same(jax.value_and_grad(vi.exact(fn))(0.6), jax.value_and_grad(truth)(0.6))
+    assert_same(jax.jit(jax.value_and_grad(vi.exact(fn)))(0.6), jax.value_and_grad(truth)(0.6))
 
 
 @pytest.mark.parametrize("strategy", [Score(), Lanes(), RLOO(2)])
@@ -217,7 +217,7 @@ def test_branches_are_exact(strategy):
         two = (1 - p) * (2 + p) ** 2 + p * p**2
         return p * one + (1 - p) * two
 
-    assert_same(jax.value_and_grad(vi.exact(fn))(0.3), jax.value_and_grad(truth)(0.3))
+    assert_same(jax.jit(jax.value_and_grad(vi.exact(fn)))(0.3), jax.value_and_grad(truth)(0.3))
 
 
 def z_scores(fn, point, truth, n):
