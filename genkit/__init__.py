@@ -5,6 +5,7 @@ import importlib.metadata
 from . import (
     data as data,
     diffusion as diffusion,
+    divergence as divergence,
     guidance as guidance,
     io as io,
     nn as nn,

@@ -1,5 +1,6 @@
 """The form in which a class enters the battery of `test_contracts.py`."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ class Case:
         use: a pure function of the module that returns arrays (make its inputs inside); `None` for pure records.
         grad: whether the floating leaves have finite gradients, not all of them zero.
         zero_grad: all-zero gradients are fine.
+        eager: whether to compare with the result without compilation (not for deep networks: every operation is
+            compiled by itself then).
         vmap: whether a stack of two modules may be vectorised.
         dtype: whether floating results have the default dtype.
         rtol: what compilation may change.
@@ -28,9 +31,15 @@ class Case:
     use: Callable[[Any], Any] | None = None
     grad: bool = True
     zero_grad: bool = False
+    eager: bool = True
     vmap: bool = True
     dtype: bool = True
     rtol: float = 1e-5
+
+    @functools.cached_property
+    def made(self) -> eqx.Module:
+        """One module made in float32, shared by the tests."""
+        return self.make()
 
     def classes(self) -> set[type]:
         """Every module class inside the module made."""
@@ -41,5 +50,5 @@ class Case:
                 found.add(type(node))
             return False
 
-        jax.tree.leaves(self.make(), is_leaf=visit)
+        jax.tree.leaves(self.made, is_leaf=visit)
         return found

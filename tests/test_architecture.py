@@ -181,7 +181,8 @@ def test_implemented_methods_are_not_overridden():
 
 
 def test_names_say_which_classes_are_abstract():
-    roots = {"Measure", "Denoiser", "Guidance", "Schedule", "Objective", "FDivergence", "Strategy"}
+    roots = {"Measure", "Denoiser", "Guidance", "Schedule", "Objective", "FDivergence", "Strategy", "Population"}
+    roots |= {"StepTransform"}
     fail_with(
         [
             f"{title(cls)}: is it abstract or not? The name says otherwise."

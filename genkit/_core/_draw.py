@@ -63,15 +63,18 @@ class Draw(eqx.Module):
     Args:
         runner: the guided denoiser.
         hooks: guidance, transforms, population.
-        keys: one key per draw `(n,)`.
+        seeds: data of one key per draw `(n, ...)`: as data, because a table under `vmap` turns branches into
+            selections, which keys do not survive.
+        impl: the kind of these keys.
         cond: conditions with leading axis `n`, or `None`.
         trajectory: also return the state before each row and at the end.
     """
 
     runner: Runner
     hooks: Hooks
-    keys: Array
+    seeds: Array
     cond: Any
+    impl: Any = eqx.field(static=True)
     trajectory: bool = eqx.field(static=True, default=False)
 
     def __call__(
@@ -103,9 +106,13 @@ class Draw(eqx.Module):
 
     def context(self, row: Columns, x: Array, sigma: Array) -> Context:
         """Where the batch stands: states `x` at noise level `sigma` within the step of `row`."""
-        keys = jax.vmap(lambda key: jax.random.fold_in(key, row.row))(self.keys)
         place = (row.sigma_start, row.sigma_next, row.step, row.num_steps, row.corrector)
-        return Context(x, sigma, *place, self.cond, keys)
+        return Context(x, sigma, *place, self.cond, self.keys(row))
+
+    def keys(self, row: Columns) -> Array:
+        """One key per draw for this row."""
+        keys = jax.random.wrap_key_data(self.seeds, impl=self.impl)
+        return jax.vmap(lambda key: jax.random.fold_in(key, row.row))(keys)
 
     def _initial(self, columns: Columns, x: Array) -> State:
         """The state before the first row."""
@@ -136,8 +143,8 @@ class Draw(eqx.Module):
     def _row(self, state: State, row: Columns, pattern: tuple[bool, ...] | None) -> tuple[State, Any]:
         """One row of the table: evaluate, update, act at the ends of steps."""
         state = before_step(self, state, row)
-        ctx = self.context(row, state.y, row.sigma)
-        evaluate, idle = lambda s: self.runner(ctx, s.guidance, pattern), lambda s: self._blank(s, row)
+        evaluate = lambda s: self.runner(self.context(row, s.y, row.sigma), s.guidance, pattern)
+        idle = lambda s: self._blank(s, row)
         if self.runner.plan == "static":
             x0, carry, aux, tally = (idle if pattern is None else evaluate)(state)
         else:
@@ -158,10 +165,9 @@ class Draw(eqx.Module):
 
         def noisy(value: Array) -> Array:
             def draw(key: Array) -> Array:
-                own = jax.random.fold_in(jax.random.fold_in(key, row.row), stream)
-                return jax.random.normal(own, value.shape[1:], value.dtype)
+                return jax.random.normal(jax.random.fold_in(key, stream), value.shape[1:], value.dtype)
 
-            return value + scale * jax.vmap(draw)(self.keys)
+            return value + scale * jax.vmap(draw)(self.keys(row))
 
         return lax.cond(scale != 0, noisy, lambda value: value, mean)
 

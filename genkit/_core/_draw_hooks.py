@@ -65,9 +65,9 @@ def _transform(draw: "Draw", state: "State", row: "Columns", when: str, due: Arr
     """Run the transforms that act at `when`, each under a scalar `cond` that skips its evaluations."""
     for k, transform in enumerate(draw.hooks.transforms):
         if transform.at == when:
-            ctx = draw.context(row, state.y, sigma)
-            act = lambda s, t=transform, c=ctx, i=k: _apply(draw, s, t, c, i, d)
-            state = lax.cond(due & jnp.asarray(transform.active(ctx)), act, lambda s: s, state)
+            act = lambda s, t=transform, i=k: _apply(draw, s, t, draw.context(row, s.y, sigma), i, d)
+            active = jnp.asarray(transform.active(draw.context(row, state.y, sigma)))
+            state = lax.cond(due & active, act, lambda s: s, state)
     return state
 
 

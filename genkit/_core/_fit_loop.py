@@ -20,7 +20,7 @@ from ._checks import NonFiniteError
 from ._ema import ema_model
 from ._files import SaveError
 from ._fit_feed import bring_back, feed, replicate, snapshot
-from ._fit_step import Plan, TrainState, explain, find_fault, run_steps, split
+from ._fit_step import Leaves, Plan, TrainState, explain, find_fault, run_steps, split
 from ._log import History, append_line, summary_line
 from ._objective import Recipe
 from ._run import LOG, find_state, save_state, start_run, stored_log, stored_state
@@ -110,12 +110,16 @@ class Session:
         folder: Folder | None,
         on_step: Callable[[int, dict[str, float]], Any] | None,
     ):
+        # NumPy arrays go to the device once, not at every call.
+        plan = jax.tree.map(lambda x: jnp.asarray(x) if eqx.is_array(x) else x, plan)
         if plan.mesh is not None:
             plan, state = replicate(plan, plan.mesh), replicate(state, plan.mesh)
         self.plan, self.history, self.data, self.total = plan, history, data, total
+        self.reads = Leaves.of(plan)
         self.folder, self.on_step = folder, on_step
         self.step, self.begun = int(state.step), time.monotonic()
-        self.arrays, self.rest = split(state)
+        changing, self.rest = split(state)
+        self.arrays, self.form = Leaves.of(changing)
         self.feed = feed(data, plan, self.step, total)
         self.batches = next(self.feed)
         self.calls, self.kept, self.kept_step = 0, self.arrays, self.step
@@ -127,7 +131,9 @@ class Session:
         self.calls += 1
         count = min(self.plan.length, self.total - self.step)
         # The call consumes `arrays`: both change in one statement, so that no interrupt falls between them.
-        self.arrays, metrics, sound = run_steps(self.plan, self.arrays, self.batches, self._rest_of(count))
+        self.arrays, metrics, sound = run_steps(
+            self.reads.form, self.form, self.reads.arrays, self.arrays, self.batches, self._rest_of(count)
+        )
         self.batches = next(self.feed) if self.step + count < self.total else None  # drawn while the device is busy
         metrics, sound = jax.device_get((metrics, sound))
         metrics = {name: values[:count] for name, values in metrics.items()}
@@ -138,9 +144,9 @@ class Session:
         self._report(metrics, count)
         return metrics
 
-    def _rest_of(self, count: int) -> jax.Array | None:
+    def _rest_of(self, count: int) -> np.int32 | None:
         # Loops of one pass are inlined by XLA, which might then fuse, and round, otherwise: they count as a rest.
-        return None if count == self.plan.length >= 2 else jnp.asarray(count, jnp.int32)
+        return None if count == self.plan.length >= 2 else np.int32(count)
 
     def _look_for_fault(self, metrics: dict[str, np.ndarray], count: int) -> None:
         """Run again from the last snapshot, looking at each step; raise at the first that is not finite."""
@@ -148,9 +154,11 @@ class Session:
         batches = feed(self.data, self.plan, step, self.total)
         while step < end:
             number = min(self.plan.length, end - step)
-            arrays, fault = find_fault(self.plan, arrays, next(batches), jnp.asarray(number, jnp.int32))
+            arrays, reached, fault = find_fault(
+                self.reads.form, self.form, self.reads.arrays, arrays, next(batches), np.int32(number)
+            )
             if int(fault):
-                first, self.step, self.arrays = self.step, int(arrays.step), arrays
+                first, self.step, self.arrays = self.step, int(reached), arrays
                 self.history.add({name: values[: max(0, self.step - first)] for name, values in metrics.items()})
                 self.history.cut(self.step)
                 seen = {name: values[self.step - first] for name, values in metrics.items() if self.step >= first}
@@ -179,16 +187,20 @@ class Session:
     def save(self, *, when_due: bool = False) -> None:
         """Write a checkpoint, if there is a folder (and its time has come)."""
         if self.folder is not None and (not when_due or self.folder.due(self.step)):
-            self.folder.save(eqx.combine(self.arrays, self.rest), self.history)
+            self.folder.save(self.state(), self.history)
 
     def rescue(self) -> None:
         """Save what there is; nothing when a call that was cut off has consumed it."""
-        if not any(x.is_deleted() for x in jax.tree.leaves(self.arrays)) and int(self.arrays.step) == self.step:
+        if not any(x.is_deleted() for x in self.arrays) and int(self.state().step) == self.step:
             self.save()
+
+    def state(self) -> TrainState:
+        """The state so far."""
+        return eqx.combine(self.form.tree(self.arrays), self.rest)
 
     def fitted(self) -> Fitted:
         """What there is so far."""
-        return Fitted.of(eqx.combine(self.arrays, self.rest), self.history)
+        return Fitted.of(self.state(), self.history)
 
 
 def loop(session: Session, name: str | None, progress: bool | None) -> Fitted:

@@ -88,22 +88,70 @@ def _own(leaf: Any) -> Any:
     return jnp.array(leaf, dtype=leaf.dtype, copy=True) if isinstance(leaf, jax.Array) else leaf
 
 
-@functools.partial(eqx.filter_jit, donate="all-except-first")
-def run_steps(plan: Plan, state: TrainState, batches: PyTree, count: Array | None) -> tuple[TrainState, dict, Array]:
+class Leaves(NamedTuple):
+    """A tree taken apart for compiled calls: flattening modules at every call would cost more than small steps do."""
+
+    arrays: tuple[Any, ...]
+    form: "Form"
+
+    @classmethod
+    def of(cls, tree: PyTree) -> "Leaves":
+        """Take a tree apart; NumPy arrays go with the arrays."""
+        leaves, treedef = jax.tree.flatten(tree)
+        marks = [eqx.is_array(leaf) for leaf in leaves]
+        rest = tuple(None if mark else leaf for leaf, mark in zip(leaves, marks, strict=True))
+        return cls(tuple(leaf for leaf, mark in zip(leaves, marks, strict=True) if mark), Form(treedef, rest, marks))
+
+    def tree(self) -> PyTree:
+        """Put the tree together again."""
+        return self.form.tree(self.arrays)
+
+
+class Form:
+    """All of a tree but its arrays: hashable, and quick to compare with itself."""
+
+    def __init__(self, treedef: Any, rest: tuple[Any, ...], marks: list[bool]):
+        self.facts = (treedef, rest, tuple(marks))
+        self.hash = hash(self.facts)
+
+    def __hash__(self) -> int:
+        return self.hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Form) and self.hash == other.hash and self.facts == other.facts)
+
+    def tree(self, arrays: tuple[Any, ...]) -> PyTree:
+        """The tree with these arrays."""
+        treedef, rest, marks = self.facts
+        numbers = iter(arrays)
+        leaves = [next(numbers) if mark else leaf for leaf, mark in zip(rest, marks, strict=True)]
+        return jax.tree.unflatten(treedef, leaves)
+
+
+_compiled = functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+
+
+@_compiled
+def run_steps(
+    plan_form: Form, state_form: Form, plan_arrays: Any, state_arrays: Any, batches: PyTree, count: Array | None
+) -> tuple[Any, dict[str, Array], Array]:
     """Run `plan.length` steps, or `count` of them.
 
     Nothing in a step looks for NaN: a look at every gradient would cost several percent. NaN and infinity stay in what
     they enter, so the call looks once, at its end; `find_fault` then finds the step.
 
     Args:
-        plan: what training reads.
-        state: where to start; its JAX arrays only (see `split`), consumed.
+        plan_form: what training reads, apart from its arrays.
+        state_form: where to start, apart from its arrays.
+        plan_arrays: the arrays of the plan.
+        state_arrays: the arrays of the state, consumed.
         batches: for host data, arrays with leading axes `(plan.length, updates per step)`; else `None`.
         count: `None`, or how many steps to run: a loop of its own kind, for the rest that no call of full length fits.
 
     Returns:
-        The new state; metrics of shape `(plan.length,)`, those beyond `count` zero; and whether all is still finite.
+        The arrays of the new state; metrics of shape `(plan.length,)`, zero past `count`; whether all is finite still.
     """
+    plan, state = plan_form.tree(plan_arrays), state_form.tree(state_arrays)
     body = lambda state, xs: _cycle(plan, state, xs, checked=False)[:2]
     if count is None:
         new, metrics = jax.lax.scan(body, state, batches, length=plan.length)
@@ -118,22 +166,28 @@ def run_steps(plan: Plan, state: TrainState, batches: PyTree, count: Array | Non
 
         new, metrics = jax.lax.fori_loop(0, count, step, (state, metrics))
     losses = [values for name, values in metrics.items() if name.rpartition("/")[2] == "loss"]
-    return new, metrics, _still_finite(state, new) & _finite(losses)
+    return tuple(jax.tree.leaves(new)), metrics, _still_finite(state, new) & _finite(losses)
 
 
-@functools.partial(eqx.filter_jit, donate="all-except-first")
-def find_fault(plan: Plan, state: TrainState, batches: PyTree, count: Array) -> tuple[TrainState, Array]:
+@_compiled
+def find_fault(
+    plan_form: Form, state_form: Form, plan_arrays: Any, state_arrays: Any, batches: PyTree, count: Array
+) -> tuple[Any, Array, Array]:
     """Run up to `count` steps again, looking at each, and stop where something is not finite.
 
     Args:
-        plan: what training reads.
-        state: where to start, consumed.
+        plan_form: what training reads, apart from its arrays.
+        state_form: where to start, apart from its arrays.
+        plan_arrays: the arrays of the plan.
+        state_arrays: the arrays of the state, consumed.
         batches: as for `run_steps`.
         count: scalar, steps to run.
 
     Returns:
-        The state before the first faulty step (after `count` steps if there is none), and a code for `explain`.
+        The arrays of the state before the first faulty step (after `count` steps if there is none), the number of that
+        step, and a code for `explain`, 0 if there is none.
     """
+    plan, state = plan_form.tree(plan_arrays), state_form.tree(state_arrays)
 
     def go_on(carry: tuple[Array, TrainState, Array]) -> Array:
         done, _, fault = carry
@@ -146,7 +200,7 @@ def find_fault(plan: Plan, state: TrainState, batches: PyTree, count: Array) -> 
 
     zero = jnp.zeros((), jnp.int32)
     _, state, fault = jax.lax.while_loop(go_on, step, (zero, state, zero))
-    return state, fault
+    return tuple(jax.tree.leaves(state)), state.step, fault
 
 
 def _cycle(plan: Plan, state: TrainState, batches: PyTree, *, checked: bool) -> tuple[TrainState, dict, Array]:

@@ -172,7 +172,7 @@ def find_state(run: Path, meta: Json, *, resume: bool) -> Stored | None:
         _check_writable(run)
         return None
     if not resume:
-        raise ValueError(f"`run` must be a new folder; got `{run}`, which holds a run. Pass resume to continue it.")
+        raise ValueError(f"`run` must be a new folder; got `{run}`, which holds a run. Pass `resume` to continue it.")
     remove_leftovers(run)
     _check_equal(run, read_meta(run), meta)
     if not (run / STATE).is_file():

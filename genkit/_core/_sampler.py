@@ -113,7 +113,8 @@ class Sampler(AbstractSampler):
         guidance = Unguided() if hooks.guidance is None else hooks.guidance
         runner = Runner(model, guidance, self.plan, self.fuse)
         patterns = self._patterns(guidance, shape, cond) if self.plan == "static" else None
-        loop = Draw(runner, hooks, loop_keys, cond, trajectory)
+        seeds, impl = jax.random.key_data(loop_keys), jax.random.key_impl(keys)
+        loop = Draw(runner, hooks, seeds, cond, impl, trajectory)
         value, tally, info, states = loop(self.table, x_init, patterns)
         return Draws(value, tally.executed, tally.logical, info, at_steps(self.table, states))
 

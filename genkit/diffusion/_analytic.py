@@ -75,16 +75,17 @@ class GaussianDenoiser(Denoiser):
         return matrix(Spread(self.variances, self.basis), self.shape)
 
     def __call__(
-        self, x: Inexact[Array, " *shape"], sigma: Float[ArrayLike, ""], cond: Any = None
+        self, x: Inexact[ArrayLike, " *shape"], sigma: Float[ArrayLike, ""], cond: Any = None
     ) -> Inexact[Array, " *shape"]:
         """The posterior mean; see `Denoiser`. There is nothing to condition on: `cond` must be `None`."""
         label_mask(None, None, cond)
+        x = as_number(x)
         check(x.shape == self.shape, "x", f"of shape {self.shape}", f"shape {x.shape}")
         mean = posterior_mean(x, _level(sigma, x), self.mean, Spread(self.variances, self.basis))
         return mean.astype(x.dtype)
 
     def log_density(
-        self, x: Inexact[Array, " *shape"], sigma: Float[ArrayLike, ""], cond: Any = None
+        self, x: Inexact[ArrayLike, " *shape"], sigma: Float[ArrayLike, ""], cond: Any = None
     ) -> Float[Array, ""]:
         """Log-density of the noisy example under `N(mean, cov + sigma^2 I)`.
 
@@ -97,6 +98,7 @@ class GaussianDenoiser(Denoiser):
             The log-density, a scalar.
         """
         label_mask(None, None, cond)
+        x = as_number(x)
         check(x.shape == self.shape, "x", f"of shape {self.shape}", f"shape {x.shape}")
         return log_normal(x, _level(sigma, x), self.mean, Spread(self.variances, self.basis))
 
@@ -200,9 +202,10 @@ class MixtureDenoiser(Denoiser):
         return Spread(self.variances, self.basis)
 
     def __call__(
-        self, x: Inexact[Array, " *shape"], sigma: Float[ArrayLike, ""], cond: Any = None
+        self, x: Inexact[ArrayLike, " *shape"], sigma: Float[ArrayLike, ""], cond: Any = None
     ) -> Inexact[Array, " *shape"]:
         """The posterior mean; see `Denoiser`. The condition is a label; `None` and -1 admit every component."""
+        x = as_number(x)
         check(x.shape == self.shape, "x", f"of shape {self.shape}", f"shape {x.shape}")
         level = _level(sigma, x)
         shares = jax.nn.softmax(self._log_joint(x, level, self._log_prior(cond)))
@@ -212,7 +215,7 @@ class MixtureDenoiser(Denoiser):
         return jnp.tensordot(shares, means, 1).astype(x.dtype)
 
     def log_density(
-        self, x: Inexact[Array, " *shape"], sigma: Float[ArrayLike, ""], cond: Any = None
+        self, x: Inexact[ArrayLike, " *shape"], sigma: Float[ArrayLike, ""], cond: Any = None
     ) -> Float[Array, ""]:
         """Log-density of the noisy example, given the label where there is one.
 
@@ -224,6 +227,7 @@ class MixtureDenoiser(Denoiser):
         Returns:
             The log-density, a scalar.
         """
+        x = as_number(x)
         check(x.shape == self.shape, "x", f"of shape {self.shape}", f"shape {x.shape}")
         return jax.nn.logsumexp(self._log_joint(x, _level(sigma, x), self._log_prior(cond)))
 

@@ -61,15 +61,16 @@ class EmpiricalDenoiser(Denoiser):
         return self.data.shape[1:]
 
     def __call__(
-        self, x: Inexact[Array, " *shape"], sigma: Float[ArrayLike, ""], cond: Any = None
+        self, x: Inexact[ArrayLike, " *shape"], sigma: Float[ArrayLike, ""], cond: Any = None
     ) -> Inexact[Array, " *shape"]:
         """The posterior mean; see `Denoiser`. The condition is a label; `None` and -1 admit every example."""
         check_interval("sigma", sigma, 0.0)
+        x = as_number(x)
         logits, _ = self._logits(x, jnp.asarray(sigma, x.dtype), cond)
         return jnp.tensordot(jax.nn.softmax(logits), self.data, 1).astype(x.dtype)
 
     def log_density(
-        self, x: Inexact[Array, " *shape"], sigma: Float[ArrayLike, ""], cond: Any = None
+        self, x: Inexact[ArrayLike, " *shape"], sigma: Float[ArrayLike, ""], cond: Any = None
     ) -> Float[Array, ""]:
         """Log-density of the noisy example, given the label where there is one.
 
@@ -82,6 +83,7 @@ class EmpiricalDenoiser(Denoiser):
             The log-density, a scalar.
         """
         check_positive("sigma", sigma)
+        x = as_number(x)
         level = jnp.asarray(sigma, x.dtype)
         logits, nearest = self._logits(x, level, cond)
         count = jnp.sum(self._admitted(cond), dtype=x.dtype)

@@ -45,7 +45,7 @@ class Preconditioned(Denoiser):
         >>> import genkit as gk
         >>> net = lambda x, t, cond: jnp.zeros_like(x)
         >>> denoiser = gk.diffusion.Preconditioned(net, sigma_data=0.5)
-        >>> denoiser(jnp.array([2.0]), jnp.array(0.5)).tolist()
+        >>> denoiser(jnp.array([2.0]), jnp.array(0.5)).round(5).tolist()
         [1.0]
 
     Source: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", NeurIPS 2022, section 5
@@ -73,9 +73,10 @@ class Preconditioned(Denoiser):
         return getattr(self.net, "num_labels", None)
 
     def __call__(
-        self, x: Inexact[Array, " *shape"], sigma: Float[ArrayLike, ""], cond: Any = None
+        self, x: Inexact[ArrayLike, " *shape"], sigma: Float[ArrayLike, ""], cond: Any = None
     ) -> Inexact[Array, " *shape"]:
         """Estimate the clean example; see `Denoiser`."""
+        x = as_number(x)
         sigma = jnp.asarray(sigma, x.dtype)
         clean = sigma == 0
         # At sigma = 0 the logarithm and several quotients are infinite: evaluate elsewhere, and return x.

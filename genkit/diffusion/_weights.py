@@ -2,7 +2,7 @@ r"""Weights on $|D - x_0|^2$: what turns denoising into any other prediction los
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 from genkit._core._checks import check_positive
 from genkit._core._fields import number_field
@@ -27,7 +27,7 @@ class EDMWeight(eqx.Module):
     def __check_init__(self):
         check_positive("sigma_data", self.sigma_data)
 
-    def __call__(self, sigma: Float[Array, ""]) -> Float[Array, ""]:
+    def __call__(self, sigma: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         """The weight at a noise level."""
         return 1 / jnp.square(sigma) + 1 / jnp.square(self.sigma_data)
 
@@ -51,7 +51,7 @@ class MinSNRWeight(eqx.Module):
     def __check_init__(self):
         check_positive("gamma", self.gamma)
 
-    def __call__(self, sigma: Float[Array, ""]) -> Float[Array, ""]:
+    def __call__(self, sigma: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         """The weight at a noise level."""
         return jnp.minimum(1 / jnp.square(sigma), self.gamma)
 
@@ -67,7 +67,7 @@ class EpsWeight(eqx.Module):
     Source: Ho et al., "Denoising Diffusion Probabilistic Models", NeurIPS 2020, equation 14.
     """
 
-    def __call__(self, sigma: Float[Array, ""]) -> Float[Array, ""]:
+    def __call__(self, sigma: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         """The weight at a noise level."""
         return 1 / jnp.square(sigma)
 
@@ -83,6 +83,6 @@ class VWeight(eqx.Module):
     Source: Salimans and Ho, "Progressive Distillation for Fast Sampling of Diffusion Models", ICLR 2022, section 4.
     """
 
-    def __call__(self, sigma: Float[Array, ""]) -> Float[Array, ""]:
+    def __call__(self, sigma: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         """The weight at a noise level."""
         return 1 + 1 / jnp.square(sigma)

@@ -78,13 +78,13 @@ class DiT(eqx.Module):
             width,
         )
         tokens, size = (height // patch) * (breadth // patch), channels * patch**2
-        key_embed, key_first, key_position, key_blocks, key_last = jr.split(key, 5)
+        key_embed, key_first, key_position, key_blocks, key_modulate, key_last = jr.split(key, 6)
         self.shape, self.patch = tuple(shape), patch
         self.embed = ConditionEmbedding(width, num_labels=num_labels, cond_size=cond_size, key=key_embed)
         self.first = eqx.nn.Linear(size, width, key=key_first)
         self.position = 0.3 * jr.normal(key_position, (tokens, width))
         self.blocks = tuple(_Block(width, num_heads, key=block_key) for block_key in jr.split(key_blocks, depth))
-        self.last_modulate = zeroed(eqx.nn.Linear(width, 2 * width, key=key_last))
+        self.last_modulate = zeroed(eqx.nn.Linear(width, 2 * width, key=key_modulate))
         self.last = zeroed(eqx.nn.Linear(width, size, key=key_last))
 
     @property

@@ -1,0 +1,37 @@
+"""`genkit infer`: condition a problem on its data."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import jax
+
+import genkit
+
+from .._core._files import atomic_write
+from ..io import DefinitionError, load_definition, save_draws
+
+
+def run(args: Namespace) -> int:
+    """Run a method on a problem; print the summary, and save it with the samples where asked to.
+
+    Args:
+        args: the parsed command line.
+
+    Returns:
+        Exit status 0.
+    """
+    problem = load_definition(args.file, ("problem",)).value
+    method = load_definition(args.sampler, ("sampler",)).value
+    if not callable(getattr(method, "run", None)):
+        raise DefinitionError(f"{args.sampler} binds a sampler for `genkit sample`, not a method for `genkit infer`.")
+    key = jax.random.key(args.seed)
+    verb = getattr(genkit, "infer", None)
+    posterior = method.run(problem, key=key) if verb is None else verb(problem, method, key=key)
+    summary = str(posterior.summary())
+    if args.out is not None:
+        out = Path(args.out)
+        out.mkdir(parents=True, exist_ok=True)
+        save_draws(out / "samples.npz", posterior.samples)
+        atomic_write(out / "summary.txt", summary + "\n")
+    print(summary)
+    return 0

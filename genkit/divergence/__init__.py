@@ -1,0 +1,14 @@
+"""Distances between samples, and how good samples are."""
+
+from ._kernels import cauchy_schwarz as cauchy_schwarz, energy_distance as energy_distance, mmd as mmd
+from ._quality import nearest_distance_ratio as nearest_distance_ratio, precision_recall as precision_recall
+from ._sinkhorn import (
+    AbstractCost as AbstractCost,
+    MatrixCost as MatrixCost,
+    PointCost as PointCost,
+    SinkhornState as SinkhornState,
+    sinkhorn_divergence as sinkhorn_divergence,
+    sinkhorn_potentials as sinkhorn_potentials,
+    transport_value as transport_value,
+)
+from ._sliced import sliced_wasserstein as sliced_wasserstein
