@@ -33,5 +33,3 @@ def g1_exact(objective, grad_a=None, grad_b=None):
         return vi.exact(lambda: objective(p, q))()
 
     return jax.jit(jax.value_and_grad(fn))(jnp.array(T))
-
-

@@ -45,7 +45,7 @@ class Posterior(eqx.Module):
 
     @property
     def log_weights(self) -> np.ndarray | None:
-        """log p - log q of each independent draw; None for Markov chains."""
+        """Log p - log q of each independent draw; None for Markov chains."""
         if self.log_q is None:
             return None
         return np.asarray(self.log_density, np.float64) - np.asarray(self.log_q, np.float64)
@@ -117,7 +117,7 @@ def infer(problem: Problem, method: Any, *, key: Key[Array, ""]) -> Posterior:
         (100,)
     """
     if not isinstance(problem, Problem):
-        raise TypeError(f"`problem` must be a gk.Problem; got {type(problem).__name__}. Wrap it: gk.Problem(model, args).")
+        raise TypeError(f"`problem` must be a gk.Problem(model, args); got {type(problem).__name__}.")
     if not callable(getattr(method, "run", None)):
         raise TypeError(
             f"`method` must have run(problem, *, key), as gk.mcmc.NUTS and gk.vi.Fit do; got {type(method).__name__}."

@@ -103,9 +103,7 @@ class HMC(eqx.Module):
         Raises:
             ValueError: for a model with discrete latent sites.
         """
-        kernel = _HMC(
-            problem.model, trajectory_length=self.trajectory_length, target_accept_prob=self.target_accept
-        )
+        kernel = _HMC(problem.model, trajectory_length=self.trajectory_length, target_accept_prob=self.target_accept)
         return _run(kernel, self, problem, key)
 
 
@@ -116,8 +114,8 @@ def _refuse_discrete(problem: Problem) -> None:
     for name, site in trace.items():
         if site["type"] == "sample" and not site["is_observed"] and site["fn"].support.is_discrete:
             raise ValueError(
-                f"`model` must have continuous latent sites for Hamiltonian Monte Carlo; got the discrete site {name!r} "
-                f"({type(site['fn']).__name__}). Sum it out in the model, or use gk.vi.Fit with a guide program."
+                f"`model` must have continuous latent sites for Hamiltonian Monte Carlo; got the discrete "
+                f"site {name!r} ({type(site['fn']).__name__}). Sum it out in the model, or use gk.vi.Fit."
             )
 
 
@@ -142,11 +140,17 @@ def _run(kernel: Any, method: Any, problem: Problem, key: Any) -> Posterior:
     describe = jax.jit(jax.vmap(jax.vmap(lambda value, key: describe_draw(model, value, key))))
     facts = jax.device_get(describe(latent, keys))
     first = jax.tree.map(lambda x: x[0, 0], latent)
+    stats = {"diverging": fields["diverging"], "n_steps": fields["num_steps"]}
+    stats["acceptance_rate"] = fields["accept_prob"]
     return Posterior(
         {**jax.device_get(latent), **facts["deterministic"]},
         facts["log_density"],
         ("chain", "draw"),
-        stats={"diverging": fields["diverging"], "n_steps": fields["num_steps"], "acceptance_rate": fields["accept_prob"]},
+        stats={
+            "diverging": fields["diverging"],
+            "n_steps": fields["num_steps"],
+            "acceptance_rate": fields["accept_prob"],
+        },
         log_likelihood=facts["log_likelihood"],
         predictive=facts["predictive"],
         observed=observed_values(problem, first),

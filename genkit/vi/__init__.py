@@ -2,8 +2,35 @@
 
 from ._control import cond as cond, scan as scan, vmap as vmap
 from ._expectation import E as E, exact as exact
+from ._fit import Fit as Fit, Plateau as Plateau
+from ._guides import (
+    Guide as Guide,
+    flow_guide as flow_guide,
+    full_rank as full_rank,
+    low_rank as low_rank,
+    mean_field as mean_field,
+)
+from ._maximize import ProgramObjective as ProgramObjective, maximize as maximize, minimize as minimize
 from ._multishot import RLOO as RLOO, DisARM as DisARM, Enum as Enum, Lanes as Lanes
 from ._mvd import MVD as MVD
+from ._nested import (
+    SIR as SIR,
+    SMC as SMC,
+    flow as flow,
+    marginal as marginal,
+    normalize as normalize,
+)
+from ._objectives import (
+    cubo as cubo,
+    elbo as elbo,
+    f_divergence as f_divergence,
+    forward_kl as forward_kl,
+    iwelbo as iwelbo,
+    renyi as renyi,
+    sleep as sleep,
+    wake_p as wake_p,
+    wake_q as wake_q,
+)
 from ._program import (
     Program as Program,
     condition as condition,
@@ -25,30 +52,3 @@ from ._strategies import (
     Score as Score,
     Strategy as Strategy,
 )
-from ._objectives import (
-    cubo as cubo,
-    elbo as elbo,
-    f_divergence as f_divergence,
-    forward_kl as forward_kl,
-    iwelbo as iwelbo,
-    renyi as renyi,
-    sleep as sleep,
-    wake_p as wake_p,
-    wake_q as wake_q,
-)
-from ._nested import (
-    SIR as SIR,
-    SMC as SMC,
-    flow as flow,
-    marginal as marginal,
-    normalize as normalize,
-)
-from ._fit import Fit as Fit, Plateau as Plateau
-from ._guides import (
-    Guide as Guide,
-    flow_guide as flow_guide,
-    full_rank as full_rank,
-    low_rank as low_rank,
-    mean_field as mean_field,
-)
-from ._maximize import ProgramObjective as ProgramObjective, maximize as maximize, minimize as minimize

@@ -17,7 +17,7 @@ from ._frame import (
     Context,
     Frame,
     Pending,
-    Score,
+    Score as ScoreTerm,
     active,
     current_frame,
     exact_state,
@@ -29,6 +29,8 @@ from ._frame import (
 )
 from ._multishot import contrast
 from ._run import Record, Run, Site, current_run
+from ._strategies import Score
+
 
 # The arrays a body hands out of its loop, besides its result.
 _Out = dict[str, Any]
@@ -111,9 +113,9 @@ def _merge(out: _Out, static: dict, scope: str) -> None:
     if frame is None:
         return
     if out["scores"] is not None:
-        frame.scores.append(Score(scope, jnp.sum(out["scores"]), ()))
+        frame.scores.append(ScoreTerm(scope, jnp.sum(out["scores"]), ()))
     if out["group"] is not None:
-        frame.group.append(Score(scope, jnp.sum(out["group"]), ()))
+        frame.group.append(ScoreTerm(scope, jnp.sum(out["group"]), ()))
     if out["log_weight"] is not None:
         weight = jnp.sum(out["log_weight"])
         frame.log_weight = weight if frame.log_weight is None else frame.log_weight + weight
@@ -157,8 +159,14 @@ def probe(fn: Callable[[], Any]) -> dict:
         _body(fn, {}, frame.context.key, 0, {})
         return jnp.zeros(())
 
-    with without_enumeration(), logging_decisions() as log:
-        jax.eval_shape(traced)
+    context = frame.context
+    # Nothing is remembered (every replay must see the same sites), and leave-one-out sites shall not stop the run.
+    frame.context = context._replace(copies=True, memo={})
+    try:
+        with without_enumeration(), logging_decisions() as log, frame.falling_back(Score()):
+            jax.eval_shape(traced)
+    finally:
+        frame.context = context
     return log
 
 
@@ -312,7 +320,7 @@ def _scan_or_loop(step: Callable, init: Any, items: Any, size: int, reverse: boo
     return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *outs)
 
 
-def vmap(f: Callable, in_axes: int | None | tuple = 0) -> Callable:
+def vmap(f: Callable, in_axes: int | tuple | None = 0) -> Callable:
     """`jax.vmap` of a function that may hold sites: every lane draws for itself.
 
     Inside a program the values of a site get a new leading axis under the site's name.
@@ -433,9 +441,11 @@ def _looped_once(execute: Callable) -> Any:
     def with_axis(key: Any, static: dict) -> tuple[Any, _Out]:
         result, out = execute(key, static)
         out = dict(out)
-        out["pending"] = {name: jax.tree.map(lambda a: a[None], pair) for name, pair in out["pending"].items()} if (
-            "pending" in out
-        ) else {}
+        out["pending"] = (
+            {name: jax.tree.map(lambda a: a[None], pair) for name, pair in out["pending"].items()}
+            if ("pending" in out)
+            else {}
+        )
         return result, out
 
     return _looped("cond", with_axis)

@@ -182,7 +182,7 @@ def _looped(frame: Frame, address: str, law: dist.Distribution, strategy: Strate
     if isinstance(strategy, Enum):
         strategy = Lanes(second_order=False)
     if not isinstance(strategy, AlternativesStrategy):
-        raise ValueError(
+        raise ValueError(  # noqa: TRY004 - a strategy of the wrong kind for the place
             f"`grad` at site {address!r} must be a local strategy, RLOO, Lanes, MVD or Enum inside gk.vi.scan, vmap or "
             f"cond; got {type(strategy).__name__}, which needs to stop the run there."
         )

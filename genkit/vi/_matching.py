@@ -21,29 +21,31 @@ def draw_and_weigh(p: Any, q: Any) -> tuple[Any, Any, Any, Record | None, Record
     p = as_measure(p)
     if not isinstance(p, Program):
         return value, weigh(p, value), log_q, None, q_record
-    p_record = evaluate(p, value)
-    if q_record is not None:
-        match_supports(p_record, q_record)
+    p_record = evaluate(p, value, on_site=None if q_record is None else _matcher(q_record))
     return value, p_record.log_density, log_q, p_record, q_record
 
 
-def match_supports(p_record: Record, q_record: Record) -> None:
-    """Refuse a guide site whose support is not inside the model's."""
-    for name, site in q_record.sites.items():
-        other = p_record.sites.get(name)
-        if other is None or site.support is None or other.support is None or site.observed or other.observed:
-            continue
-        why = _mismatch(site.support, other.support)
+def _matcher(q_record: Record) -> Any:
+    """Refuse a guide site whose support is not inside the model's, before its value is weighed."""
+
+    def match(name: str, law: Any) -> None:
+        site = q_record.sites.get(name)
+        if site is None or site.support is None or site.observed:
+            return
+        why = _mismatch(site.support, law.support)
         if why:
+            kind = "a site in a loop" if site.law is None else type(site.law).__name__
             raise ValueError(
-                f"The guide's support at site {name!r} must lie inside the model's; got {_describe(site)} for the guide "
-                f"and {_describe(other)} for the model ({why})."
+                f"The guide's support at site {name!r} must lie inside the model's; got {kind} on "
+                f"{_name(site.support)} for the guide and {type(law).__name__} on {_name(law.support)} for the model "
+                f"({why})."
             )
 
+    return match
 
-def _describe(site: Site) -> str:
-    law = "a site in a loop" if site.law is None else type(site.law).__name__
-    return f"{law} on {type(site.support).__name__.strip('_')}"
+
+def _name(support: Any) -> str:
+    return type(support).__name__.strip("_")
 
 
 def _bounds(support: Any) -> tuple[float, float] | None:

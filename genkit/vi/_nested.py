@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Key, PyTree
 from .._core._checks import check, check_count, check_key, describe
 from .._core._measure import Measure, as_measure
 from ._control import looped_apart, probe
-from ._expectation import draw_site
+from ._expectation import LEAVE_ONE_OUT, draw_site
 from ._frame import Context, Frame, Options, Score, active, current_frame, draw_law
 from ._multishot import RLOO
 from ._objectives import log_mean_exp
@@ -65,7 +65,7 @@ def _particles(lane: Callable[[], Any], size: int) -> Any:
 
 def _could_enumerate(frame: Frame, decision: Any) -> bool:
     """Whether the default policy chose RLOO only because a parallel run cannot stop."""
-    return decision.finite and decision.reason.startswith("no reparam") and frame.context.options.enumerate
+    return decision.finite and decision.reason == LEAVE_ONE_OUT and frame.context.options.enumerate
 
 
 class SIR(eqx.Module):
@@ -145,7 +145,7 @@ class Marginal(Measure):
         return kept, {k: v for k, v in value.items() if k not in kept}
 
     def _ratios(self, kept: dict[str, Any], size: int) -> Any:
-        """log P(z, u) - log r(u | z) at `size` proposed u."""
+        """Log P(z, u) - log r(u | z) at `size` proposed u."""
 
         def lane() -> Any:
             dropped, log_r = simulate(_propose(self.algorithm.proposal, kept))[:2]
@@ -224,7 +224,7 @@ class Normalized(Measure):
         proposals = (self.algorithm.proposal,) if isinstance(self.algorithm, SIR) else self.algorithm.proposals
         for proposal in proposals:
             if isinstance(proposal, Marginal | Normalized):
-                raise ValueError(
+                raise ValueError(  # noqa: TRY004 - the type is fine, its density is not
                     "`proposal` must have an exact density to weigh a given value; got an estimated one "
                     f"({type(proposal).__name__})."
                 )
@@ -275,19 +275,21 @@ def _extend(target: Any, proposal: Any, values: Any, log_before: Any, size: int,
         rows.append(_row(target, proposal, old, new, None if log_before is None else log_before[0]))
 
     if size > start and not values:
+
         def lane() -> Any:
             return _row(target, proposal, {}, None, None)
 
         rest = _particles(lane, size - start)
         rows.append(rest)
     elif size > start:
+
         def numbered(index: Any) -> Any:
             old = jax.tree.map(lambda x: x[index + start], values)
             return _row(target, proposal, old, None, log_before[index + start])
 
         rest, scores = looped_apart("particles", numbered, size - start)
         if scores is not None:
-                current_frame().scores.append(Score("particles", jnp.sum(scores), ()))
+            current_frame().scores.append(Score("particles", jnp.sum(scores), ()))
         rows.append(rest)
     if retained is None:
         return rows[0]
@@ -364,8 +366,8 @@ class Flow(Measure):
 def marginal(measure: Program, keep: str | Sequence[str], algorithm: SIR) -> Marginal:
     r"""Sum sites out of a program by importance sampling, unbiasedly.
 
-    With helper $r(u \mid z)$ and M particles the density estimate is $\frac1M\sum_j P(z, u_j)/r(u_j \mid z)$. As a guide
-    inside `elbo` this is hierarchical VI (M = 1) and its importance-weighted form; inside `iwelbo` the doubly
+    With helper $r(u \mid z)$ and M particles the density estimate is $\frac1M\sum_j P(z, u_j)/r(u_j \mid z)$. As a
+    guide inside `elbo` this is hierarchical VI (M = 1) and its importance-weighted form; inside `iwelbo` the doubly
     importance-weighted one.
 
     Args:

@@ -71,13 +71,21 @@ class Program(Measure):
     data: Mapping[str, Any] = eqx.field(default_factory=dict)
     strategies: tuple = ()
 
-    def trace(self, mode: str, *, values: Mapping[str, Any] | None = None, key: Any = None) -> Record:
+    def trace(
+        self,
+        mode: str,
+        *,
+        values: Mapping[str, Any] | None = None,
+        key: Any = None,
+        on_site: Callable[[str, Any], None] | None = None,
+    ) -> Record:
         """Run the program under the handler: the full record of its sites.
 
         Args:
             mode: "draw" or "density".
             values: site values, for "density".
             key: typed PRNG key, for "draw" outside `E` (and for subsampling).
+            on_site: called with name and law of every latent site before it is weighed.
 
         Returns:
             The record of the run.
@@ -95,6 +103,7 @@ class Program(Measure):
             strategies=self.strategies,
             key=key,
             frame=frame,
+            on_site=on_site,
         )
         return run_program(lambda: self.fn(*self.args, **self.kwargs), run)
 
@@ -242,11 +251,11 @@ def simulate(measure: Any) -> tuple[Any, Any, Record | None]:
     return value, log_density, None
 
 
-def evaluate(measure: Any, value: Any, *, key: Any = None, strict: bool = True) -> Record:
+def evaluate(measure: Any, value: Any, *, key: Any = None, strict: bool = True, on_site: Any = None) -> Record:
     """Weigh a program at a value: the record of its sites."""
     if not isinstance(value, Mapping):
         raise TypeError(f"`value` must be a dict of site values; got {describe(value)}.")
-    record = measure.trace("density", values=value, key=key)
+    record = measure.trace("density", values=value, key=key, on_site=on_site)
     extra = sorted(set(value) - record.used - set(record.indices))
     if strict and extra:
         known = ", ".join(sorted(record.values)) or "none"

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 import numpyro.distributions as dist
 from numpyro.primitives import Messenger
@@ -83,11 +84,13 @@ class Run(Messenger):
         strategies: tuple = (),
         key: Any = None,
         frame: Frame | None = None,
+        on_site: Callable[[str, Any], None] | None = None,
     ):
         super().__init__()
         self.mode, self.values, self.params, self.data = mode, dict(values or {}), params or {}, data or {}
         self.strategies, self.key = strategies, key
         self.frame = frame
+        self.on_site = on_site
         self.record = Record()
         self.state = trace_state()
         self.path: tuple = ()
@@ -186,6 +189,8 @@ class Run(Messenger):
                     "Let the guide sample it, observe it, or sum it out with `gk.vi.marginal`."
                 )
             self.record.used.add(name)
+            if self.on_site is not None:
+                self.on_site(name, law)
             value = self.values[name]
             want = tuple(law.batch_shape) + tuple(law.event_shape)
             if np.shape(value) != want:
@@ -224,8 +229,8 @@ class Run(Messenger):
                 msg["value"] = self.values[name]
                 self.record.used.add(name)
             else:
-                msg["kwargs"]["rng_key"] = self._any_key(name)
-                msg["value"] = msg["fn"](*msg["args"], **msg["kwargs"])
+                size, subsample_size = msg["args"]
+                msg["value"] = jr.permutation(self._any_key(name), size)[:subsample_size]
             self.record.indices[name] = msg["value"]
 
     def _param(self, msg: dict) -> None:
@@ -293,4 +298,3 @@ def run_program(fn: Callable[[], Any], run: Run) -> Record:
     with run:
         fn()
     return run.record
-

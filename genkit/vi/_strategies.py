@@ -37,8 +37,8 @@ class Strategy(eqx.Module):
 
     `strategy(key, dist, k)` returns a scalar `s` with $E[s] = E_{v \sim q}[k(v)]$ and
     $E[\partial s] = \partial E_{v \sim q}[k(v)]$, where `k` may be called any number of times (also under `jax.vmap`).
-    Subclass it to write your own. A method `check(law, address)`, where there is one, is asked before a site is drawn and
-    raises for laws the strategy cannot serve. `unbiased` says whether expected gradients are exact.
+    Subclass it to write your own. A method `check(law, address)`, where there is one, is asked before a site is drawn
+    and raises for laws the strategy cannot serve. `unbiased` says whether expected gradients are exact.
     """
 
     unbiased: ClassVar[bool] = True
@@ -298,7 +298,6 @@ class Relaxed(LocalStrategy):
     def __check_init__(self) -> None:
         """Validate the temperature."""
         check_positive("temperature", self.temperature)
-
 
     def attach(self, key: Key[Array, ""], law: dist.Distribution) -> Attached:
         """Draw the relaxed value."""

@@ -5,12 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import pytest
+from vi_golden import T, g1_exact, g1_guide, g1_model
 
 from genkit import vi
 from genkit.vi import MVD, RLOO, DisARM, Enum, Importance, Lanes, Score
 
-
-from vi_golden import T, g1_exact, g1_guide, g1_model
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -97,7 +97,9 @@ def test_smc_evidence_is_unbiased_and_density_normalised():
 
 def test_flow_is_the_transformed_law():
     transform = dist.transforms.AffineTransform(1.0, 2.0)
-    measure = vi.flow(dist.Normal(0.0, 1.0), dist.transforms.ComposeTransform([transform, dist.transforms.ExpTransform()]))
+    measure = vi.flow(
+        dist.Normal(0.0, 1.0), dist.transforms.ComposeTransform([transform, dist.transforms.ExpTransform()])
+    )
     value, log_density = measure.sample(key=jax.random.key(0))
     want = dist.LogNormal(1.0, 2.0).log_prob(value)
     np.testing.assert_allclose(log_density, want, rtol=1e-12)
