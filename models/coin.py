@@ -17,6 +17,7 @@ flips = jnp.array([1, 1, 1, 1, 1, 1, 0, 0, 0, 0])
 
 
 def model(data):
+    """The fairness and the flips."""
     fairness = numpyro.sample("fairness", dist.Beta(10.0, 10.0))
     with numpyro.plate("flip", len(data)):
         numpyro.sample("heads", dist.Bernoulli(fairness), obs=data)

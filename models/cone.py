@@ -13,6 +13,7 @@ import genkit as gk
 
 
 def model(z):
+    """Two coordinates and their noisy squared radius."""
     x = numpyro.sample("x", dist.Normal(0.0, 10.0))
     y = numpyro.sample("y", dist.Normal(0.0, 10.0))
     r = x**2 + y**2

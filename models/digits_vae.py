@@ -20,6 +20,8 @@ LATENT = 10
 
 
 class VAE(eqx.Module):
+    """Encoder and decoder, each with its program."""
+
     encoder: eqx.nn.MLP
     decoder: eqx.nn.MLP
 
@@ -29,18 +31,21 @@ class VAE(eqx.Module):
         self.decoder = eqx.nn.MLP(LATENT, 64, 128, 1, jax.nn.leaky_relu, key=key_decoder)
 
     def model(self, counts):
+        """Latent codes and grey levels."""
         with numpyro.plate("image", counts.shape[0]):
             z = numpyro.sample("z", dist.Normal(jnp.zeros(LATENT), 1.0).to_event(1))
             logits = jax.vmap(self.decoder)(z)
             numpyro.sample("x", dist.Binomial(16, logits=logits).to_event(1), obs=counts)
 
     def guide(self, counts):
+        """Codes given the images."""
         with numpyro.plate("image", counts.shape[0]):
             loc, log_scale = jnp.split(jax.vmap(self.encoder)(counts / 16), 2, axis=-1)
             numpyro.sample("z", dist.Normal(loc, jnp.exp(log_scale)).to_event(1))
 
 
 def objective(vae, images):
+    """The ELBO per image."""
     counts = jnp.round(images.reshape(-1, 64) * 8 + 8)  # the digits are scaled to [-1, 1]; levels are 0..16
     bound = gk.vi.elbo(gk.vi.program(vae.model)(counts), gk.vi.program(vae.guide)(counts))
     return bound / images.shape[0]

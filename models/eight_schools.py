@@ -18,6 +18,7 @@ std_errs = jnp.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
 
 
 def model(y, sigma):
+    """Effects of eight schools around their average."""
     avg_effect = numpyro.sample("avg_effect", dist.Normal(0.0, 10.0))
     log_tau = numpyro.sample("log_tau", dist.Normal(5.0, 1.0))
     with numpyro.plate("school", 8):

@@ -1,4 +1,4 @@
-"""A five-sample bound for models with any mix of sites: leave-one-out baselines where a site has no pathwise gradient."""
+"""A five-sample bound, for any mix of sites: leave-one-out baselines where there is no pathwise gradient."""
 
 import functools
 

@@ -1,5 +1,11 @@
 """Programmable variational inference: objectives are programs, gradients are unbiased."""
 
+from ._bridges import (
+    NumpyroGuide as NumpyroGuide,
+    NumpyroObjective as NumpyroObjective,
+    from_numpyro as from_numpyro,
+    to_numpyro as to_numpyro,
+)
 from ._control import cond as cond, scan as scan, vmap as vmap
 from ._expectation import E as E, exact as exact
 from ._fit import Fit as Fit, Plateau as Plateau
@@ -39,6 +45,13 @@ from ._program import (
     program as program,
     sample as sample,
     with_grad as with_grad,
+)
+from ._report import (
+    VarianceReport as VarianceReport,
+    VarianceRow as VarianceRow,
+    debug as debug,
+    explain as explain,
+    variance_report as variance_report,
 )
 from ._strategies import (
     Detach as Detach,

@@ -380,12 +380,10 @@ def exact(fn: Callable, *, max_paths: int = 4096) -> Callable:
     return enumerate_fn
 
 
-_INJECTION: ContextVar[list | None] = ContextVar("genkit_vi_injection", default=None)
+_INJECTION: ContextVar[Callable | None] = ContextVar("genkit_vi_injection", default=None)
 
 
 def inject(value: Any) -> Any:
     """Add a probe to a closed estimate while `gk.vi.debug` checks that it is used linearly."""
-    probes = _INJECTION.get()
-    if probes is None:
-        return value
-    return probes.pop(0)(value)
+    probe = _INJECTION.get()
+    return value if probe is None else probe(value)

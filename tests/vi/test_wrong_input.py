@@ -10,11 +10,12 @@ from vi_golden import g1_guide, g1_model
 from genkit import NonFiniteError, vi
 
 
-KEY = jax.random.key(0)
+def new_key():
+    return jax.random.key(0)
 
 
 def run(fn, **options):
-    return vi.E(fn, **options)(key=KEY)
+    return vi.E(fn, **options)(key=new_key())
 
 
 def test_duplicate_addresses():
@@ -24,7 +25,7 @@ def test_duplicate_addresses():
     with pytest.raises(ValueError, match="'x' twice"):
         run(twice)
     with pytest.raises(ValueError, match="'x' twice"):
-        vi.program(twice)().sample(key=KEY)
+        vi.program(twice)().sample(key=new_key())
 
 
 def test_sites_must_match():
@@ -103,7 +104,7 @@ def test_raw_transformations_are_refused():
         with pytest.raises(RuntimeError, match=r"gk\.vi\.scan"):
             run(fn)
     with pytest.raises(RuntimeError, match=r"gk\.vi\.scan"):
-        vi.program(scanned)().sample(key=KEY)
+        vi.program(scanned)().sample(key=new_key())
 
 
 def test_nan_densities_name_their_site():
