@@ -33,15 +33,15 @@ class Posterior(eqx.Module):
     samples: dict[str, Any]
     log_density: Any
     dims: tuple[str, ...] = eqx.field(static=True)
-    log_q: Any = None
-    stats: dict[str, Any] = eqx.field(default_factory=dict)
-    log_likelihood: dict[str, Any] = eqx.field(default_factory=dict)
-    predictive: dict[str, Any] = eqx.field(default_factory=dict)
-    observed: dict[str, Any] = eqx.field(default_factory=dict)
-    optimization: dict[str, Any] = eqx.field(default_factory=dict)
-    guide: PyTree = None
-    evidence: tuple[float, float] | None = None
-    attrs: dict[str, Any] = eqx.field(default_factory=dict)
+    log_q: Any = eqx.field(default=None, kw_only=True)
+    stats: dict[str, Any] = eqx.field(default_factory=dict, kw_only=True)
+    log_likelihood: dict[str, Any] = eqx.field(default_factory=dict, kw_only=True)
+    predictive: dict[str, Any] = eqx.field(default_factory=dict, kw_only=True)
+    observed: dict[str, Any] = eqx.field(default_factory=dict, kw_only=True)
+    optimization: dict[str, Any] = eqx.field(default_factory=dict, kw_only=True)
+    guide: PyTree = eqx.field(default=None, kw_only=True)
+    evidence: tuple[float, float] | None = eqx.field(default=None, kw_only=True)
+    attrs: dict[str, Any] = eqx.field(default_factory=dict, kw_only=True)
 
     @property
     def log_weights(self) -> np.ndarray | None:

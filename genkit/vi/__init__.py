@@ -1,12 +1,13 @@
 """Programmable variational inference: objectives are programs, gradients are unbiased."""
 
+from ._branch import cond as cond
 from ._bridges import (
     NumpyroGuide as NumpyroGuide,
     NumpyroObjective as NumpyroObjective,
     from_numpyro as from_numpyro,
     to_numpyro as to_numpyro,
 )
-from ._control import cond as cond, scan as scan, vmap as vmap
+from ._control import scan as scan, vmap as vmap
 from ._expectation import E as E, exact as exact
 from ._fit import Fit as Fit, Plateau as Plateau
 from ._guides import (
@@ -19,24 +20,9 @@ from ._guides import (
 from ._maximize import ProgramObjective as ProgramObjective, maximize as maximize, minimize as minimize
 from ._multishot import RLOO as RLOO, DisARM as DisARM, Enum as Enum, Lanes as Lanes
 from ._mvd import MVD as MVD
-from ._nested import (
-    SIR as SIR,
-    SMC as SMC,
-    flow as flow,
-    marginal as marginal,
-    normalize as normalize,
-)
-from ._objectives import (
-    cubo as cubo,
-    elbo as elbo,
-    f_divergence as f_divergence,
-    forward_kl as forward_kl,
-    iwelbo as iwelbo,
-    renyi as renyi,
-    sleep as sleep,
-    wake_p as wake_p,
-    wake_q as wake_q,
-)
+from ._nested import flow as flow, marginal as marginal, normalize as normalize
+from ._objectives import cubo as cubo, elbo as elbo, iwelbo as iwelbo, renyi as renyi
+from ._population import SIR as SIR, SMC as SMC
 from ._program import (
     Program as Program,
     condition as condition,
@@ -54,14 +40,21 @@ from ._report import (
     variance_report as variance_report,
 )
 from ._strategies import (
+    AbstractLocalStrategy as AbstractLocalStrategy,
     Detach as Detach,
     Implicit as Implicit,
     Importance as Importance,
     Learned as Learned,
-    LocalStrategy as LocalStrategy,
     Moving as Moving,
     Relaxed as Relaxed,
     Reparam as Reparam,
     Score as Score,
     Strategy as Strategy,
+)
+from ._wake import (
+    f_divergence as f_divergence,
+    forward_kl as forward_kl,
+    sleep as sleep,
+    wake_p as wake_p,
+    wake_q as wake_q,
 )

@@ -33,8 +33,8 @@ from ._frame import (
     trace_state,
 )
 from ._laws import is_finite, kind, support_size, unmask
-from ._multishot import RLOO, AlternativesStrategy, Enum, Lanes, leave_one_out
-from ._strategies import Attached, Learned, LocalStrategy, Moving, Reparam, Score, Strategy
+from ._multishot import RLOO, AbstractAlternatives, Enum, Lanes, leave_one_out
+from ._strategies import AbstractLocalStrategy, Attached, Learned, Moving, Reparam, Score, Strategy
 
 
 class Decision(NamedTuple):
@@ -124,7 +124,7 @@ def draw_site(frame: Frame, name: str, law: dist.Distribution, named: Strategy |
     law = unmask(law)
     strategy = decide(frame, address, law, named)
     key = frame.key(address)
-    if isinstance(strategy, LocalStrategy):
+    if isinstance(strategy, AbstractLocalStrategy):
         got = strategy.attach(key, law)
         _collect(frame, address, got, plates)
     elif isinstance(strategy, RLOO):
@@ -181,7 +181,7 @@ def _looped(frame: Frame, address: str, law: dist.Distribution, strategy: Strate
     """A site with alternatives inside a loop: draw it, or take the alternative this replay puts at this step."""
     if isinstance(strategy, Enum):
         strategy = Lanes(second_order=False)
-    if not isinstance(strategy, AlternativesStrategy):
+    if not isinstance(strategy, AbstractAlternatives):
         raise ValueError(  # noqa: TRY004 - a strategy of the wrong kind for the place
             f"`grad` at site {address!r} must be a local strategy, RLOO, Lanes, MVD or Enum inside gk.vi.scan, vmap or "
             f"cond; got {type(strategy).__name__}, which needs to stop the run there."

@@ -76,7 +76,7 @@ def leave_one_out(values: Any, scores: Any) -> Any:
     return jnp.mean(values + (fixed - others) * (scores - stop_gradient(scores)), 0)
 
 
-class AlternativesStrategy(Strategy):
+class AbstractAlternatives(Strategy):
     r"""A strategy that compares the drawn outcome with alternatives: $k(v) + \sum_a c_a\,(k(v_a) - k(v))$.
 
     The coefficients are zero in value and carry the gradient. These strategies also work inside `gk.vi.scan`, `vmap`
@@ -136,7 +136,7 @@ def lane_alternatives(value: Any, law: dist.Distribution) -> tuple[Any, Any]:
     return alts.reshape(-1, *shape).astype(value.dtype), (chosen - stop_gradient(chosen)).reshape(-1)
 
 
-class Lanes(AlternativesStrategy):
+class Lanes(AbstractAlternatives):
     r"""Enumerate one lane at a time: $L (K-1)$ further runs instead of $K^L$.
 
     $k(v) + \sum_l \sum_c \dot q_l(c)\,k(v_l = c, v_{-l})$: the value is a one-draw estimate, the gradient of each lane

@@ -13,11 +13,11 @@ from jaxtyping import Array, Key
 
 from ._frame import draw_law, fold_name, is_exact
 from ._laws import is_finite, lane_shape, lanes, parameter
-from ._multishot import AlternativesStrategy, lane_alternatives
+from ._multishot import AbstractAlternatives, lane_alternatives
 from ._strategies import refuse
 
 
-class MVD(AlternativesStrategy):
+class MVD(AbstractAlternatives):
     r"""Measure-valued derivative: $\partial_\theta q = c\,(q^+ - q^-)$, one lane perturbed at a time.
 
     Exact in expectation for programs that need not be differentiable or even continuous in the value. Rules:

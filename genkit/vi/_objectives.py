@@ -9,7 +9,7 @@ from jax.lax import stop_gradient
 from jaxtyping import Array, Float, Shaped
 from numpyro.distributions.kl import kl_divergence
 
-from .._core._checks import check, check_choice, check_count, describe, is_concrete
+from .._core._checks import check, check_choice, check_count, is_concrete
 from .._core._measure import as_measure
 from ._control import along_plate, looped_apart, probe
 from ._expectation import LEAVE_ONE_OUT
@@ -17,9 +17,9 @@ from ._frame import Score as ScoreTerm, Term, magic, require_frame
 from ._laws import unmask
 from ._matching import draw_and_weigh, elbo_terms, frozen_log_density, with_rest
 from ._multishot import RLOO
-from ._program import Program, evaluate, simulate, weigh
+from ._program import simulate
 from ._run import Record, scaled
-from ._strategies import Detach, LocalStrategy, Reparam, Score
+from ._strategies import AbstractLocalStrategy, Reparam, Score
 
 
 def elbo(
@@ -217,7 +217,7 @@ def _multi(p: Any, q: Any, size: int, functional: Callable, estimator: str, plat
     stopping = [
         d
         for d in decisions
-        if not isinstance(d.strategy, (LocalStrategy, RLOO)) or (d.reason == LEAVE_ONE_OUT and d.finite)
+        if not isinstance(d.strategy, (AbstractLocalStrategy, RLOO)) or (d.reason == LEAVE_ONE_OUT and d.finite)
     ]
     named = [d for d in stopping if d.reason != LEAVE_ONE_OUT]
     if estimator == "vimco" and named:
@@ -307,114 +307,3 @@ def _dreg(p: Any, q: Any, size: int) -> Any:
     weights = jax.nn.softmax(log_w)
     gradient = jnp.sum(weights**2 * (path - stop_gradient(path)) + weights * (model - stop_gradient(model)))
     return log_mean_exp(log_w) + gradient
-
-
-# --- other divergences ----------------------------------------------------------------------------------------------
-
-
-def forward_kl(p: Any, q: Any) -> Float[Array, ""]:
-    r"""$E_p[\log p - \log q]$, drawing from `p`; minimize.
-
-    Args:
-        p: a measure that can be drawn from (a posterior that is known, a simulator, `normalize(...)`).
-        q: the guide; only its density is used.
-
-    Returns:
-        A scalar estimate.
-    """
-    require_frame("forward_kl")
-    value, log_p, _ = simulate(p)
-    return log_p - weigh(q, value)
-
-
-def f_divergence(p: Any, q: Any, divergence: Any) -> Float[Array, ""]:
-    r"""$E_q f(p/q)$ for a `gk.divergence` object; minimize. For a normalised `p` it is the divergence itself.
-
-    Args:
-        p: the model; unnormalised models give the divergence to `p` as it is.
-        q: the guide.
-        divergence: an `FDivergence`.
-
-    Returns:
-        A scalar estimate.
-
-    Raises:
-        TypeError: if `divergence` has no `phi`.
-    """
-    require_frame("f_divergence")
-    if not hasattr(divergence, "phi"):
-        raise TypeError(f"`divergence` must be a gk.divergence object; got {describe(divergence)}.")
-    _, log_p, log_q, _, _ = draw_and_weigh(p, q)
-    return divergence.phi(log_p - log_q)
-
-
-def _detached(p: Any, q: Any, size: int) -> tuple[Any, Any, Any]:
-    """K detached draws: normalised weights, log p and log q."""
-    check_count("num_particles", size)
-    frame = require_frame("wake")
-
-    def lane(index: Any) -> tuple[Any, Any]:
-        del index
-        _, log_p, log_q, _, _ = draw_and_weigh(p, q)
-        return log_p, log_q
-
-    with frame.forcing(Detach()):
-        (log_p, log_q), _ = looped_apart("particles", lane, size)
-    return stop_gradient(jax.nn.softmax(log_p - log_q)), log_p, log_q
-
-
-def wake_q(p: Any, q: Any, num_particles: int) -> Float[Array, ""]:
-    r"""The q-wake objective $\sum_k \bar w_k \log q(z_k)$, weights and draws detached; maximize.
-
-    Consistent for the forward KL as K grows, not unbiased.
-
-    Args:
-        p: the unnormalised model.
-        q: the guide.
-        num_particles: K.
-
-    Returns:
-        A scalar whose gradient reaches `q` only.
-
-    Source: Bornschein & Bengio, "Reweighted Wake-Sleep", ICLR 2015, equation 8.
-    """
-    weights, _, log_q = _detached(p, q, num_particles)
-    return jnp.sum(weights * log_q)
-
-
-def wake_p(p: Any, q: Any, num_particles: int) -> Float[Array, ""]:
-    r"""The p-wake objective $\sum_k \bar w_k \log p(x, z_k)$, weights and draws detached; maximize.
-
-    Args:
-        p: the unnormalised model.
-        q: the guide.
-        num_particles: K.
-
-    Returns:
-        A scalar whose gradient reaches `p` only.
-
-    Source: Bornschein & Bengio, "Reweighted Wake-Sleep", ICLR 2015, equation 6.
-    """
-    weights, log_p, _ = _detached(p, q, num_particles)
-    return jnp.sum(weights * log_p)
-
-
-def sleep(p: Any, q: Any) -> Float[Array, ""]:
-    r"""The sleep objective $E_{p(x, z)} \log q(z \mid x)$; maximize. Unbiased.
-
-    Args:
-        p: the model without observations, so that latents and data are drawn.
-        q: a guide, or a function from the drawn dict to a guide; it weighs the sites it has.
-
-    Returns:
-        A scalar whose gradient reaches `q` only.
-
-    Source: Hinton, Dayan, Frey & Neal, "The wake-sleep algorithm", Science 268 (1995).
-    """
-    frame = require_frame("sleep")
-    with frame.forcing(Detach()):
-        value, _, _ = simulate(p)
-    guide = q if hasattr(q, "log_density") else q(value)
-    if isinstance(guide, Program):
-        return evaluate(guide, value, strict=False).log_density
-    return weigh(guide, value)

@@ -59,7 +59,7 @@ class Strategy(eqx.Module):
         """
 
 
-class LocalStrategy(Strategy):
+class AbstractLocalStrategy(Strategy):
     """A strategy that needs only one continuation: it draws and attaches."""
 
     @abc.abstractmethod
@@ -97,7 +97,7 @@ def refuse(strategy: Any, law: dist.Distribution, address: str, why: str, hint: 
     )
 
 
-class Reparam(LocalStrategy):
+class Reparam(AbstractLocalStrategy):
     """Pathwise gradient: the draw is a differentiable function of the parameters.
 
     Needs a law with a reparametrised sampler, and a program that is continuous in the drawn value.
@@ -116,7 +116,7 @@ class Reparam(LocalStrategy):
             refuse(self, law, address, "needs a reparametrised sampler", "Use Enum(), RLOO(2), MVD() or Score().")
 
 
-class Detach(LocalStrategy):
+class Detach(AbstractLocalStrategy):
     """Draw without any gradient through this site: what wake phases do. Deliberately drops a term."""
 
     unbiased: ClassVar[bool] = False
@@ -180,7 +180,7 @@ class Learned(eqx.Module):
         return self.net(*jax.tree.map(stop_gradient, self.inputs))
 
 
-class Score(LocalStrategy):
+class Score(AbstractLocalStrategy):
     r"""The score-function (REINFORCE) gradient, $k(v)\,\nabla \log q(v)$, with an optional baseline.
 
     With a baseline $b$ that does not depend on the draw, $(k(v) - b) \nabla \log q(v)$ has the same mean.
@@ -200,7 +200,7 @@ class Score(LocalStrategy):
         return Attached(value, (), law.log_prob(value), None, self.baseline)
 
 
-class Importance(LocalStrategy):
+class Importance(AbstractLocalStrategy):
     r"""Draw from another law $r$ and multiply by $q(v)/r(v)$, differentiated through $\log q$.
 
     Args:
@@ -221,7 +221,7 @@ class Importance(LocalStrategy):
         return Attached(value, (), None, jnp.sum(law.log_prob(value)) - log_r)
 
 
-class Implicit(LocalStrategy):
+class Implicit(AbstractLocalStrategy):
     r"""Implicit reparametrisation through the distribution function.
 
     $\partial v / \partial\theta = -\partial_\theta F(v;\theta) / q(v)$; for a vector mixture with independent
@@ -280,7 +280,7 @@ def _conditional_cdfs(law: Any, value: Any) -> Any:
     return jnp.sum(jax.nn.softmax(logits, -2) * base.cdf(point), -2)
 
 
-class Relaxed(LocalStrategy):
+class Relaxed(AbstractLocalStrategy):
     """The binary Concrete relaxation of a Bernoulli site: BIASED, never a default.
 
     The site takes a value in (0, 1) instead of {0, 1}, so the objective itself changes; small temperatures approach it

@@ -35,7 +35,7 @@ def test_hierarchical_bounds(size, want, grad):
     np.testing.assert_allclose(value, want, atol=1e-10)
 
 
-T = jnp.array([0.2, -0.3, 0.5])
+T = np.array([0.2, -0.3, 0.5])
 
 
 def sir(t, size, grad=None):
