@@ -9,9 +9,11 @@ from . import (
     divergence as divergence,
     guidance as guidance,
     io as io,
+    mcmc as mcmc,
     nn as nn,
     noise as noise,
     sde as sde,
+    vi as vi,
 )
 from ._core import (
     AbstractSampler as AbstractSampler,
@@ -25,15 +27,18 @@ from ._core import (
     NonFiniteError as NonFiniteError,
     Objective as Objective,
     Phase as Phase,
+    Posterior as Posterior,
     Problem as Problem,
     Recipe as Recipe,
     Sampler as Sampler,
     SaveError as SaveError,
     Table as Table,
     fit as fit,
+    infer as infer,
     sample as sample,
 )
 from .diffusion import Schedule as Schedule
+from .divergence import FDivergence as FDivergence
 from .io import DefinitionError as DefinitionError, load as load, save as save
 
 

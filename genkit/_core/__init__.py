@@ -17,6 +17,7 @@ from ._guidance import (
     StepTransform as StepTransform,
 )
 from ._host import AbstractHost as AbstractHost
+from ._infer import Posterior as Posterior, infer as infer
 from ._measure import (
     DistributionMeasure as DistributionMeasure,
     Measure as Measure,

@@ -1,5 +1,20 @@
 """Distances between samples, and how good samples are."""
 
+from ._f_base import FDivergence as FDivergence, from_f as from_f, from_weight as from_weight
+from ._f_table import (
+    Alpha as Alpha,
+    ForwardKL as ForwardKL,
+    Jeffreys as Jeffreys,
+    JensenShannon as JensenShannon,
+    LeCam as LeCam,
+    NeymanChi2 as NeymanChi2,
+    PearsonChi2 as PearsonChi2,
+    ReverseKL as ReverseKL,
+    SoftenedForwardKL as SoftenedForwardKL,
+    SoftenedReverseKL as SoftenedReverseKL,
+    SquaredHellinger as SquaredHellinger,
+    TotalVariation as TotalVariation,
+)
 from ._kernels import cauchy_schwarz as cauchy_schwarz, energy_distance as energy_distance, mmd as mmd
 from ._quality import nearest_distance_ratio as nearest_distance_ratio, precision_recall as precision_recall
 from ._sinkhorn import (

@@ -10,7 +10,7 @@ from .._core._checks import check, check_finite
 from .._core._files import atomic_file
 
 
-def plot_paths(
+def plot_bridge(
     path: str | os.PathLike[str],
     paths: ArrayLike,
     *,

@@ -1,0 +1,235 @@
+"""Measures made of measures: their densities are estimates, and their draws belong to the surrounding `E`."""
+
+import fnmatch
+from collections.abc import Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from jaxtyping import Array, Float, Key, PyTree
+
+from .._core._checks import check, describe
+from .._core._measure import Measure, as_measure
+from ._expectation import draw_site
+from ._frame import current_frame
+from ._objectives import log_mean_exp
+from ._population import SIR, SMC, frame_for, particles, population, propose
+from ._program import Program, simulate, weigh
+
+
+class Marginal(Measure):
+    """A program with some sites summed out by importance sampling; made by `marginal`.
+
+    Args:
+        measure: the joint program.
+        keep: globs of the kept sites.
+        algorithm: how the others are proposed.
+    """
+
+    measure: Measure
+    keep: tuple[str, ...] = eqx.field(static=True)
+    algorithm: SIR
+
+    def _split(self, value: dict[str, Any]) -> tuple[dict, dict]:
+        kept = {k: v for k, v in value.items() if any(fnmatch.fnmatchcase(k, glob) for glob in self.keep)}
+        check(bool(kept), "keep", f"matched by some site of the program ({', '.join(sorted(value))})", str(self.keep))
+        return kept, {k: v for k, v in value.items() if k not in kept}
+
+    def _ratios(self, kept: dict[str, Any], size: int) -> Any:
+        """Log P(z, u) - log r(u | z) at `size` proposed u."""
+
+        def lane() -> Any:
+            dropped, log_r = simulate(propose(self.algorithm.proposal, kept))[:2]
+            return weigh(self.measure, {**kept, **dropped}) - log_r
+
+        return particles(lane, size)
+
+    def sample(self, *, key: Key[Array, ""]) -> tuple[PyTree, Float[Array, ""]]:
+        """Draw the kept sites; the estimate reuses the program's own draw of the others as first particle.
+
+        Args:
+            key: typed PRNG key (inside `E` the surrounding key is used).
+
+        Returns:
+            The dict of kept values and the log of the estimated density.
+        """
+        with frame_for(key):
+            value, log_joint, _ = simulate(self.measure)
+            kept, dropped = self._split(value)
+            first = log_joint - weigh(propose(self.algorithm.proposal, kept), dropped)
+            others = self._ratios(kept, self.algorithm.num_particles - 1)
+            ratios = first[None] if others is None else jnp.concatenate([first[None], others])
+            return kept, log_mean_exp(ratios)
+
+    def log_density(self, value: PyTree, *, key: Key[Array, ""] | None = None) -> Float[Array, ""]:
+        """The log of an unbiased estimate of the marginal density.
+
+        Args:
+            value: dict of the kept sites.
+            key: typed PRNG key (inside `E` the surrounding key is used).
+
+        Returns:
+            The log of the estimate.
+        """
+        with frame_for(key):
+            return log_mean_exp(self._ratios(value, self.algorithm.num_particles))
+
+
+class Normalized(Measure):
+    """An unnormalised measure turned into one that can be drawn from; made by `normalize`.
+
+    Args:
+        measure: the unnormalised measure.
+        algorithm: `SIR` or `SMC`.
+    """
+
+    measure: Measure
+    algorithm: SIR | SMC
+
+    def sample(self, *, key: Key[Array, ""]) -> tuple[PyTree, Float[Array, ""]]:
+        r"""Draw particles and keep one; the estimate is $\tilde p(z) / \hat Z$.
+
+        Args:
+            key: typed PRNG key (inside `E` the surrounding key is used).
+
+        Returns:
+            The kept particle and the log of the estimated density.
+        """
+        with frame_for(key) as frame:
+            values, log_p, log_w, log_z = population(self.measure, self.algorithm, None)
+            law = dist.Categorical(logits=log_w)
+            index, _ = draw_site(frame, frame.fresh("index"), law, self.algorithm.grad)
+            index = index.astype(int)
+            return jax.tree.map(lambda x: x[index], values), log_p[index] - log_z
+
+    def log_density(self, value: PyTree, *, key: Key[Array, ""] | None = None) -> Float[Array, ""]:
+        """The log of an unbiased estimate of the density of what `sample` draws, with `value` among the particles.
+
+        Args:
+            value: a value of the measure.
+            key: typed PRNG key (inside `E` the surrounding key is used).
+
+        Returns:
+            The log of the estimate.
+        """
+        proposals = (self.algorithm.proposal,) if isinstance(self.algorithm, SIR) else self.algorithm.proposals
+        for proposal in proposals:
+            if isinstance(proposal, Marginal | Normalized):
+                raise ValueError(  # noqa: TRY004 - the type is fine, its density is not
+                    "`proposal` must have an exact density to weigh a given value; got an estimated one "
+                    f"({type(proposal).__name__})."
+                )
+        with frame_for(key):
+            _, log_p, _, log_z = population(self.measure, self.algorithm, value)
+            return log_p[0] - log_z
+
+
+class Flow(Measure):
+    """The image of a measure under a bijection; made by `flow`.
+
+    Args:
+        base: a measure over arrays.
+        bijector: a numpyro transform.
+    """
+
+    base: Measure
+    bijector: Any
+
+    def sample(self, *, key: Key[Array, ""]) -> tuple[PyTree, Float[Array, ""]]:
+        """Draw from the base and push forward.
+
+        Args:
+            key: typed PRNG key (inside `E` the surrounding key is used).
+
+        Returns:
+            The image and its log-density.
+        """
+        with frame_for(key):
+            x, log_base, _ = simulate(self.base)
+        y = self.bijector(x)
+        return y, log_base - jnp.sum(self.bijector.log_abs_det_jacobian(x, y))
+
+    def log_density(self, value: PyTree, *, key: Key[Array, ""] | None = None) -> Float[Array, ""]:
+        """The log-density through the inverse.
+
+        Args:
+            value: a point of the image.
+            key: needed only by a base that estimates its density.
+
+        Returns:
+            The log-density.
+        """
+        x = self.bijector.inv(value)
+        if current_frame() is None:
+            log_base = self.base.log_density(x, key=key)
+        else:
+            log_base = weigh(self.base, x)
+        return log_base - jnp.sum(self.bijector.log_abs_det_jacobian(x, value))
+
+
+def marginal(measure: Program, keep: str | Sequence[str], algorithm: SIR) -> Marginal:
+    r"""Sum sites out of a program by importance sampling, unbiasedly.
+
+    With helper $r(u \mid z)$ and M particles the density estimate is $\frac1M\sum_j P(z, u_j)/r(u_j \mid z)$. As a
+    guide inside `elbo` this is hierarchical VI (M = 1) and its importance-weighted form; inside `iwelbo` the doubly
+    importance-weighted one.
+
+    Args:
+        measure: the joint program.
+        keep: names or globs of the sites to keep.
+        algorithm: `SIR(M, r)`, `r` a measure over the dropped sites or a function of the kept values returning one.
+
+    Returns:
+        A measure over the kept sites.
+
+    Raises:
+        TypeError: if `algorithm` is not `SIR` or `measure` is not a program.
+
+    Source: Sobolev & Vetrov, "Importance Weighted Hierarchical Variational Inference", NeurIPS 2019, equation 4.
+    """
+    if not isinstance(measure, Program):
+        raise TypeError(f"`measure` must be a program; got {describe(measure)}.")
+    if not isinstance(algorithm, SIR):
+        raise TypeError(f"`algorithm` must be gk.vi.SIR; got {describe(algorithm)}.")
+    return Marginal(measure, (keep,) if isinstance(keep, str) else tuple(keep), algorithm)
+
+
+def normalize(measure: Measure, algorithm: SIR | SMC) -> Normalized:
+    r"""Make an unnormalised measure one that can be drawn from.
+
+    Args:
+        measure: the unnormalised measure, e.g. a program with observations.
+        algorithm: `SIR(N, q)` or `SMC(...)`.
+
+    Returns:
+        A measure whose draws are the algorithm's, with an unbiased density estimate of their law.
+
+    Raises:
+        TypeError: if `algorithm` is neither.
+
+    Source: Lew et al., "Probabilistic Programming with Stochastic Probabilities", PLDI 2023, section 4; Cusumano-Towner
+    & Mansinghka, "AIDE", NeurIPS 2017.
+    """
+    if not isinstance(algorithm, SIR | SMC):
+        raise TypeError(f"`algorithm` must be gk.vi.SIR or gk.vi.SMC; got {describe(algorithm)}.")
+    return Normalized(as_measure(measure), algorithm)
+
+
+def flow(base: Any, bijector: Any) -> Flow:
+    r"""The image of a measure under a bijection, $\log q(T(x)) = \log q_0(x) - \log|\det T'(x)|$.
+
+    Args:
+        base: a measure or numpyro law over arrays.
+        bijector: a numpyro transform with `inv` and `log_abs_det_jacobian`.
+
+    Returns:
+        The image measure.
+
+    Raises:
+        TypeError: if `bijector` lacks what is needed.
+    """
+    if not (callable(bijector) and hasattr(bijector, "log_abs_det_jacobian")):
+        raise TypeError(f"`bijector` must be a numpyro transform; got {describe(bijector)}.")
+    return Flow(as_measure(base), bijector)

@@ -1,0 +1,309 @@
+"""Objectives on measures. Each is an ordinary function to be called inside `E`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+from jaxtyping import Array, Float, Shaped
+from numpyro.distributions.kl import kl_divergence
+
+from .._core._checks import check, check_choice, check_count, is_concrete
+from .._core._measure import as_measure
+from ._control import along_plate, looped_apart, probe
+from ._expectation import LEAVE_ONE_OUT
+from ._frame import Score as ScoreTerm, Term, magic, require_frame
+from ._laws import unmask
+from ._matching import draw_and_weigh, elbo_terms, frozen_log_density, with_rest
+from ._multishot import RLOO
+from ._program import simulate
+from ._run import Record, scaled
+from ._strategies import AbstractLocalStrategy, Reparam, Score
+
+
+def elbo(
+    p: Any, q: Any, *, stick_the_landing: bool = False, analytic_kl: bool = False, rao_blackwell: bool = True
+) -> Float[Array, ""]:
+    r"""The evidence lower bound $E_q[\log p - \log q]$; maximize.
+
+    When exactly this scalar is returned from the function under `E`, the scores of its sites multiply only the costs
+    that depend on them (later in program order, same lane of a shared plate).
+
+    Args:
+        p: the unnormalised model, a program with its observations.
+        q: the guide.
+        stick_the_landing: drop the zero-mean score of `q`'s parameters inside `log q` (pathwise sites only); at the
+            exact posterior the gradient noise vanishes.
+        analytic_kl: replace the sampled log-ratio by the closed-form KL at each site where numpyro knows it and the
+            model samples its sites in the guide's order.
+        rao_blackwell: drop independent costs from score multipliers.
+
+    Returns:
+        A scalar estimate of the bound.
+
+    Raises:
+        RuntimeError: outside `E`.
+        ValueError: if sites or supports of model and guide do not match, or an option does not apply.
+
+    Source: Roeder, Wu & Duvenaud, "Sticking the Landing", NeurIPS 2017; dependency structure after Schulman et al.,
+    "Gradient Estimation Using Stochastic Computation Graphs", NeurIPS 2015, theorem 1.
+    """
+    frame = require_frame("elbo")
+    if stick_the_landing and analytic_kl:
+        raise ValueError("`stick_the_landing` must be False with `analytic_kl`; got both. They exclude each other.")
+    if stick_the_landing:
+        _require_pathwise(q, "stick_the_landing")
+    value, log_p, log_q, p_record, q_record = draw_and_weigh(p, q)
+    if analytic_kl:
+        return _analytic(p_record, q_record)
+    if stick_the_landing:
+        log_q = frozen_log_density(q, value)
+    out = log_p - log_q
+    if rao_blackwell and not stick_the_landing and p_record is not None and q_record is not None:
+        terms = elbo_terms(frame, p_record, q_record)
+        if terms is not None:
+            frame.registered = (out, terms)
+    return out
+
+
+def _require_pathwise(q: Any, option: str) -> None:
+    """Refuse estimators that need reparametrised sites on guides with others."""
+    decisions = _probe(q)
+    for decision in decisions.values():
+        if not isinstance(decision.strategy, Reparam):
+            raise ValueError(  # noqa: TRY004 - a fact about the program
+                f"`{option}` must be used with reparametrised sites only; got {type(decision.strategy).__name__} at "
+                f"site {decision.address.split('/')[-1]!r} ({decision.law})."
+            )
+
+
+def _probe(q: Any) -> dict:
+    """What the guide's sites would do as particles."""
+    return probe(lambda: simulate(q))
+
+
+def _analytic(p_record: Record | None, q_record: Record | None) -> Any:
+    """Log p(observed) - KL site by site; the rest sampled."""
+    if p_record is None or q_record is None:
+        raise ValueError("`analytic_kl` must be used with programs on both sides; got another measure.")
+    guide_order = [name for name, site in q_record.sites.items() if not site.observed]
+    position = {name: i for i, name in enumerate(guide_order)}
+    out, latest, known = jnp.zeros(()), -1, 0
+    for name, site in p_record.sites.items():
+        if site.observed or name not in q_record.sites:
+            out = out + scaled(site)
+            continue
+        guide = q_record.sites[name]
+        kl = None
+        if latest < position[name] and site.law is not None and guide.law is not None:
+            kl = _kl(guide.law, site.law)
+        latest = max(latest, position[name])
+        if kl is None:
+            out = out + scaled(site) - scaled(guide)
+        else:
+            known += 1
+            out = out - scaled(site._replace(log_prob=kl))
+    for name, guide in q_record.sites.items():
+        if name not in p_record.sites:
+            out = out - scaled(guide)
+    check(known > 0, "analytic_kl", "True only where some site has a closed-form KL", "none of them has")
+    return out
+
+
+def _kl(q_law: Any, p_law: Any) -> Any:
+    """The closed-form KL of two laws, or None."""
+    try:
+        return kl_divergence(unmask(q_law), unmask(p_law))
+    except NotImplementedError:
+        return None
+
+
+# --- several particles --------------------------------------------------------------------------------------------
+
+
+def log_mean_exp(x: Any) -> Any:
+    """Log mean exp over the leading axis; where all entries are -inf the gradient is zero, not NaN."""
+    top = stop_gradient(jnp.max(x, 0))
+    alive = top > -jnp.inf
+    shift = jnp.where(alive, top, 0.0)
+    inner = jnp.mean(jnp.exp(x - shift), 0)
+    return jnp.where(alive, jnp.log(jnp.where(alive, inner, 1.0)) + shift, -jnp.inf)
+
+
+def iwelbo(p: Any, q: Any, num_particles: int, estimator: str = "auto", plate: str | None = None) -> Float[Array, ""]:
+    r"""The importance-weighted bound $E \log \frac1K\sum_k w_k$, $w = p/q$; maximize.
+
+    Args:
+        p: the unnormalised model.
+        q: the guide.
+        num_particles: K.
+        estimator: "pathwise" (reparametrised sites only), "dreg" (doubly reparametrised: lower variance, exact
+            log-densities and reparametrised sites only), "vimco" (score sites with leave-one-out baselines over the
+            particles), or "auto": pathwise sites as they are, discrete ones enumerated jointly while
+            `K^paths <= max_paths`, else leave-one-out.
+        plate: a plate every site is in; the bound is then the sum over its members of their own bounds,
+            $\sum_n \log\frac1K\sum_k w_{nk}$, with the scale of subsampling outside the logarithm.
+
+    Returns:
+        A scalar estimate of the bound.
+
+    Raises:
+        RuntimeError: outside `E`.
+        ValueError: for unsuitable sites, or for subsampling without `plate`.
+
+    Source: Burda, Grosse & Salakhutdinov, ICLR 2016; VIMCO: Mnih & Rezende, ICML 2016, equations 10-11; DReG: Tucker
+    et al., ICLR 2019, equation 8.
+    """
+    check_choice("estimator", estimator, ("auto", "pathwise", "dreg", "vimco"))
+    check_count("num_particles", num_particles)
+    if estimator == "dreg":
+        check(plate is None, "plate", "None with the estimator 'dreg'", plate)
+        return _dreg(p, q, num_particles)
+    return _multi(p, q, num_particles, log_mean_exp, estimator, plate)
+
+
+def renyi(
+    p: Any, q: Any, alpha: Shaped[Array, ""] | float, num_particles: int, *, plate: str | None = None
+) -> Float[Array, ""]:
+    r"""The Renyi bound $\frac1{1-\alpha}\,E\log\frac1K\sum_k w_k^{1-\alpha}$; maximize.
+
+    $\alpha \to 1$ is the ELBO, $\alpha = 0$ the importance-weighted bound. The K-sample form is its own objective.
+
+    Args:
+        p: the unnormalised model.
+        q: the guide.
+        alpha: the order.
+        num_particles: K.
+        plate: as in `iwelbo`.
+
+    Returns:
+        A scalar estimate of the bound.
+
+    Source: Li & Turner, "Renyi Divergence Variational Inference", NeurIPS 2016, equations 6 and 9.
+    """
+    check_count("num_particles", num_particles)
+    if is_concrete(alpha) and float(alpha) == 1.0:
+        return _multi(p, q, num_particles, lambda x: jnp.mean(x, 0), "auto", plate)
+    power = 1 - jnp.asarray(alpha)
+    return _multi(p, q, num_particles, lambda x: log_mean_exp(power * x) / power, "auto", plate)
+
+
+def cubo(p: Any, q: Any, n: float, num_particles: int) -> Float[Array, ""]:
+    r"""The chi upper bound $\frac1n\log E_q w^n$, its K-sample form; minimize. Equals `renyi(p, q, 1 - n, K)`.
+
+    The logarithm makes the K-sample form an underestimate in expectation; it approaches the bound as K grows.
+
+    Args:
+        p: the unnormalised model.
+        q: the guide.
+        n: the order, at least 1.
+        num_particles: K.
+
+    Returns:
+        A scalar estimate of the bound.
+
+    Source: Dieng et al., "Variational Inference via chi Upper Bound Minimization", NeurIPS 2017, equation 4.
+    """
+    return renyi(p, q, 1 - n, num_particles)
+
+
+def _multi(p: Any, q: Any, size: int, functional: Callable, estimator: str, plate: str | None) -> Any:
+    """A functional of K log-weights, with the best admissible treatment of discrete sites."""
+    frame = require_frame("iwelbo")
+    decisions = _probe(q).values()
+    if estimator == "pathwise":
+        _require_pathwise(q, "estimator='pathwise'")
+    stopping = [
+        d
+        for d in decisions
+        if not isinstance(d.strategy, (AbstractLocalStrategy, RLOO)) or (d.reason == LEAVE_ONE_OUT and d.finite)
+    ]
+    named = [d for d in stopping if d.reason != LEAVE_ONE_OUT]
+    if estimator == "vimco" and named:
+        raise ValueError(
+            f"`estimator='vimco'` must meet score or reparametrised sites; got {type(named[0].strategy).__name__} at "
+            f"{named[0].address!r}. Use estimator='auto'."
+        )
+    default_enum = stopping and frame.context.options.enumerate and not frame.inner and estimator == "auto"
+    if named or default_enum:
+        parts = []
+        for index in range(size):
+            with frame.within(frame.fresh(f"particle{index}-")):
+                parts.append(_log_weight(p, q, plate))
+        return _finish(functional(jnp.stack([w for w, _ in parts])), parts[0][1])
+
+    def lane(index: Any) -> Any:
+        del index
+        return _log_weight(p, q, plate)
+
+    with frame.falling_back(Score()):
+        (log_w, scale), scores = looped_apart("particles", lane, size, plate)
+    bound = functional(log_w)
+    scale = None if scale is None else scale[0]
+    if scores is None:
+        return _finish(bound, scale)
+    return _with_baselines(frame, functional, log_w, scores, bound, scale)
+
+
+def _finish(bound: Any, scale: Any) -> Any:
+    """Sum over the plate, with its subsampling scale."""
+    out = jnp.sum(bound)
+    return out if scale is None else scale * out
+
+
+def _log_weight(p: Any, q: Any, plate: str | None) -> tuple[Any, Any]:
+    """One particle's log-weight: a scalar, or one per member of the plate, and the plate's scale."""
+    _, log_p, log_q, p_record, q_record = draw_and_weigh(p, q)
+    if plate is not None:
+        if p_record is None or q_record is None:
+            raise ValueError("`plate` must be used with programs on both sides; got another measure.")
+        parts = [along_plate(s.log_prob, s.plates, plate) for s in p_record.sites.values()]
+        parts += [-along_plate(s.log_prob, s.plates, plate) for s in q_record.sites.values()]
+        scales = [s.scale for s in p_record.sites.values() if s.scale is not None]
+        return sum(parts[1:], parts[0]), (jnp.asarray(scales[0]) if scales else None)
+    for record in (p_record, q_record):
+        for name, site in () if record is None else record.sites.items():
+            if site.scale is not None:
+                raise ValueError(
+                    f"A multi-sample bound must see unscaled sites; got a scale at {name!r}: a scaled weight is not a "
+                    "weight. Name the subsampled plate, iwelbo(..., plate=...), to scale outside the logarithm."
+                )
+    return log_p - log_q, None
+
+
+def _with_baselines(frame: Any, functional: Callable, log_w: Any, scores: Any, bound: Any, scale: Any) -> Any:
+    """Leave-one-out baselines over particles: replace one log-weight by the mean of the others."""
+    size = log_w.shape[0]
+    out = _finish(bound, scale)
+    factor = 1.0 if scale is None else scale
+    if size > 1:
+        fixed = stop_gradient(log_w)
+        others = (jnp.sum(fixed, 0) - fixed) / (size - 1)
+        held_out = jax.vmap(lambda k: functional(fixed.at[k].set(others[k])))(jnp.arange(size))
+        baseline = factor * jnp.where(jnp.isfinite(held_out), held_out, 0.0)
+        frame.zeros.append(jnp.sum(stop_gradient(baseline) * (1 - magic(scores))))
+    together = jnp.sum(scores, 0)
+    term = Term(factor * bound, with_rest(frame, together), None)
+    frame.scores.append(ScoreTerm("particles", together, ()))
+    if not frame.group:
+        frame.registered = (out, [term])
+    return out
+
+
+def _dreg(p: Any, q: Any, size: int) -> Any:
+    """Doubly reparametrised gradients: squared weights on the path, plain weights on the model's own parameters."""
+    _require_pathwise(q, "estimator='dreg'")
+
+    def lane(index: Any) -> tuple[Any, Any, Any]:
+        del index
+        value, log_p, log_q, _, _ = draw_and_weigh(p, q)
+        path = frozen_log_density(p, value) - frozen_log_density(q, value)
+        model = as_measure(p).log_density(jax.tree.map(stop_gradient, value))
+        return log_p - log_q, path, model
+
+    (log_w, path, model), _ = looped_apart("particles", lane, size)
+    log_w = stop_gradient(log_w)
+    weights = jax.nn.softmax(log_w)
+    gradient = jnp.sum(weights**2 * (path - stop_gradient(path)) + weights * (model - stop_gradient(model)))
+    return log_mean_exp(log_w) + gradient

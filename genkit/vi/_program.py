@@ -1,0 +1,310 @@
+"""Programs as measures: any numpyro model or guide can be drawn from and weighed."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+from jaxtyping import Array, Float, Key, PyTree
+from numpyro.primitives import _PYRO_STACK as _NUMPYRO_STACK
+
+from .._core._checks import check_key, describe
+from .._core._measure import DistributionMeasure, Measure, as_measure
+from ._expectation import draw_site
+from ._frame import current_frame, require_frame
+from ._run import Record, Run, run_program
+from ._strategies import Strategy
+
+
+def sample(name: str, distribution: dist.Distribution, obs: Any = None, grad: Strategy | None = None) -> Any:
+    """A sample site: `numpyro.sample` with a gradient strategy.
+
+    `numpyro.sample(name, distribution, obs=obs, infer={"grad": grad})` is the same thing.
+
+    Args:
+        name: the site's address, new at every site of a run.
+        distribution: the numpyro law of the site.
+        obs: the observed value, if any.
+        grad: the gradient strategy of a latent site; None leaves it to the default policy.
+
+    Returns:
+        The drawn or observed value.
+
+    Raises:
+        RuntimeError: outside `E`, a program and any numpyro handler.
+        ValueError: if an observed site is given a strategy.
+    """
+    if not _NUMPYRO_STACK and obs is None:
+        raise RuntimeError(
+            f"The site {name!r} must be drawn inside `gk.vi.E`, a `gk.vi.program` or a numpyro handler; got none of "
+            "them. `gk.vi.program(fn)(*args).sample(key=key)` draws from a program."
+        )
+    if grad is not None and obs is not None:
+        raise ValueError(
+            f"`grad` must be None at an observed site; got {type(grad).__name__} at {name!r}. Observed sites are not "
+            "drawn."
+        )
+    return numpyro.sample(name, distribution, obs=obs, infer={} if grad is None else {"grad": grad})
+
+
+class Program(Measure):
+    r"""A probabilistic program applied to its arguments, as a measure over dicts `{site: value}`.
+
+    Its density is the product of the site densities; observed sites make it unnormalised. Inside `E` its draws belong
+    to the surrounding expectation, so every site follows its gradient strategy.
+
+    Args:
+        fn: a numpyro model or guide; an `eqx.Module` with `__call__` keeps its parameters as leaves.
+        args: positional arguments, passed as given.
+        kwargs: keyword arguments, passed as given.
+        params: values of `numpyro.param` sites (constrained); others take their initial value.
+        data: sites to observe on top of those the program observes itself.
+        strategies: pairs (glob, strategy) that override the sites' own.
+    """
+
+    fn: Callable
+    args: tuple = ()
+    kwargs: dict = eqx.field(default_factory=dict)
+    params: Mapping[str, Any] = eqx.field(default_factory=dict)
+    data: Mapping[str, Any] = eqx.field(default_factory=dict)
+    strategies: tuple = ()
+
+    def trace(
+        self,
+        mode: str,
+        *,
+        values: Mapping[str, Any] | None = None,
+        key: Any = None,
+        on_site: Callable[[str, Any], None] | None = None,
+    ) -> Record:
+        """Run the program under the handler: the full record of its sites.
+
+        Args:
+            mode: "draw" or "density".
+            values: site values, for "density".
+            key: typed PRNG key, for "draw" outside `E` (and for subsampling).
+            on_site: called with name and law of every latent site before it is weighed.
+
+        Returns:
+            The record of the run.
+        """
+        frame = current_frame()
+        if mode == "draw" and frame is not None:
+            frame.check_trace("A program")
+        elif mode == "draw":
+            check_key(key)
+        run = Run(
+            mode,
+            values=values,
+            params=self.params,
+            data=self.data,
+            strategies=self.strategies,
+            key=key,
+            frame=frame,
+            on_site=on_site,
+        )
+        return run_program(lambda: self.fn(*self.args, **self.kwargs), run)
+
+    def sample(self, *, key: Key[Array, ""]) -> tuple[PyTree, Float[Array, ""]]:
+        """Draw all latent sites; auxiliary sites count in the density but are not returned.
+
+        Args:
+            key: typed PRNG key (inside `E` the surrounding key is used).
+
+        Returns:
+            The dict of values (with the indices of subsampled plates) and their log-density.
+        """
+        frame = current_frame()
+        if frame is None:
+            record = self.trace("draw", key=key)
+        else:
+            with frame.within(frame.fresh("program")):
+                record = self.trace("draw")
+        return public_value(record), record.log_density
+
+    def log_density(self, value: PyTree, *, key: Key[Array, ""] | None = None) -> Float[Array, ""]:
+        """The log-density of a dict of site values; every latent site must be there and no other.
+
+        Args:
+            value: dict of site values.
+            key: needed only by subsampled plates whose indices are not in `value`.
+
+        Returns:
+            The log-density; with a subsampled plate, an unbiased estimate of it.
+        """
+        return evaluate(self, value, key=key).log_density
+
+
+def public_value(record: Record) -> dict[str, Any]:
+    """What a program returns as its value."""
+    return {**record.values, **record.indices}
+
+
+def program(fn: Callable, params: Mapping[str, Any] | None = None) -> Callable[..., Program]:
+    """Turn a numpyro model or guide into a family of measures.
+
+    `program(fn)(*args, **kwargs)` is a `Measure` over dicts of site values. Observed sites make it unnormalised: it is
+    then the joint density as a function of the latent sites. `plate` (also subsampled), `mask`, `scale`, `factor`,
+    `deterministic` and numpyro's `scan` and `cond` are honored.
+
+    Args:
+        fn: a function or `eqx.Module` with sites; for an `eqx.Module` its arrays remain leaves of the measure.
+        params: values of `numpyro.param` sites, in their constrained space.
+
+    Returns:
+        A function of the program's arguments that returns the measure.
+
+    Raises:
+        TypeError: if `fn` is not callable.
+
+    Example:
+        >>> import jax, numpyro, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> def model(y):
+        ...     x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+        ...     numpyro.sample("y", dist.Normal(x, 0.5), obs=y)
+        >>> measure = vi.program(model)(1.0)
+        >>> round(float(measure.log_density({"x": 0.5})), 4)
+        -1.7697
+    """
+    if not callable(fn):
+        raise TypeError(f"`fn` must be callable; got {describe(fn)}.")
+
+    def applied(*args: Any, **kwargs: Any) -> Program:
+        return Program(fn, args, kwargs, dict(params or {}))
+
+    return applied
+
+
+def with_grad(measure: Program | Callable, strategies: Mapping[str, Strategy]) -> Any:
+    """Give the sites of a program their gradient strategies from outside.
+
+    Args:
+        measure: a program, or a function returning one (as `gk.vi.program(fn)` is).
+        strategies: `{glob: strategy}`; the first match wins and overrides the strategy named at the site.
+
+    Returns:
+        The same, with strategies attached.
+
+    Raises:
+        TypeError: if a value is not a strategy or `measure` is not a program.
+    """
+    for name, strategy in strategies.items():
+        if not isinstance(strategy, Strategy):
+            raise TypeError(f"`strategies[{name!r}]` must be a gk.vi.Strategy; got {describe(strategy)}.")
+    pairs = tuple(strategies.items())
+    if isinstance(measure, Program):
+        return eqx.tree_at(
+            lambda p: p.strategies, measure, (*pairs, *measure.strategies), is_leaf=lambda x: isinstance(x, tuple)
+        )
+    if isinstance(measure, Measure) or not callable(measure):
+        raise TypeError(f"`measure` must be a program; got {describe(measure)}. Other measures have no sites to name.")
+
+    def applied(*args: Any, **kwargs: Any) -> Any:
+        return with_grad(measure(*args, **kwargs), strategies)
+
+    return applied
+
+
+def condition(measure: Program, values: Mapping[str, Any]) -> Program:
+    """Observe sites of a program: they leave its value and stay in its density.
+
+    Args:
+        measure: a program.
+        values: `{site: observed value}`.
+
+    Returns:
+        The conditioned, unnormalised program.
+
+    Raises:
+        TypeError: if `measure` is not a program.
+    """
+    if not isinstance(measure, Program):
+        raise TypeError(f"`program` must be made by gk.vi.program; got {describe(measure)}.")
+    return Program(
+        measure.fn, measure.args, measure.kwargs, measure.params, {**measure.data, **values}, measure.strategies
+    )
+
+
+# --- inside E ---------------------------------------------------------------------------------------------------
+
+
+def simulate(measure: Any) -> tuple[Any, Any, Record | None]:
+    """Draw inside `E`: value, log-density and, for programs, the record of sites."""
+    frame = require_frame("draw")
+    measure = as_measure(measure)
+    frame.check_trace("A draw")
+    if isinstance(measure, Program):
+        with frame.within(frame.fresh("draw")):
+            record = measure.trace("draw")
+        return public_value(record), record.log_density, record
+    scope = frame.fresh("draw")
+    if isinstance(measure, DistributionMeasure):
+        law = measure.distribution
+        value, intermediates = draw_site(frame, scope, law, None)
+        log_prob = law.log_prob(value, intermediates) if intermediates else law.log_prob(value)
+        return value, jnp.sum(log_prob), None
+    with frame.within(scope):
+        value, log_density = measure.sample(key=frame.key("/".join(frame.scope)))
+    return value, log_density, None
+
+
+def evaluate(measure: Any, value: Any, *, key: Any = None, strict: bool = True, on_site: Any = None) -> Record:
+    """Weigh a program at a value: the record of its sites."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"`value` must be a dict of site values; got {describe(value)}.")
+    record = measure.trace("density", values=value, key=key, on_site=on_site)
+    extra = sorted(set(value) - record.used - set(record.indices))
+    if strict and extra:
+        known = ", ".join(sorted(record.values)) or "none"
+        raise ValueError(
+            f"`value` must hold only latent sites of the program; got {', '.join(map(repr, extra))} as well "
+            f"(its latent sites: {known}). Remove the site from the guide, mark it auxiliary "
+            '(`infer={"is_auxiliary": True}`), or sum it out with `gk.vi.marginal`.'
+        )
+    return record
+
+
+def weigh(measure: Any, value: Any) -> Any:
+    """The log-density inside `E`, estimated ones in the surrounding expectation."""
+    measure = as_measure(measure)
+    frame = current_frame()
+    if frame is None:
+        return measure.log_density(value, key=None)
+    scope = frame.fresh("density")
+    with frame.within(scope):
+        if isinstance(measure, (Program, DistributionMeasure)):
+            return measure.log_density(value)
+        return measure.log_density(value, key=frame.key("/".join(frame.scope)))
+
+
+def draw(measure: Any) -> tuple[Any, Float[Array, ""]]:
+    """Draw from a measure inside `E`.
+
+    Args:
+        measure: a `Measure` or numpyro distribution. Sites of programs follow their strategies; a bare distribution
+            is one site under the default policy.
+
+    Returns:
+        The value and its log-density (estimated, for nested measures).
+
+    Raises:
+        RuntimeError: outside `E`.
+    """
+    value, log_density, _ = simulate(measure)
+    return value, log_density
+
+
+def log_density(measure: Any, value: Any) -> Float[Array, ""]:
+    """The log-density of `value` under a measure; estimates belong to the surrounding `E`.
+
+    Args:
+        measure: a `Measure` or numpyro distribution.
+        value: a value of the measure.
+
+    Returns:
+        The log-density, or for nested measures the log of an unbiased estimate of the density.
+    """
+    return weigh(measure, value)

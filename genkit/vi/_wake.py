@@ -1,0 +1,123 @@
+"""Forward divergences, f-divergences, and the phases of reweighted wake-sleep."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+from jaxtyping import Array, Float
+
+from .._core._checks import check_count, describe
+from ._control import looped_apart
+from ._frame import require_frame
+from ._matching import draw_and_weigh
+from ._program import Program, evaluate, simulate, weigh
+from ._strategies import Detach
+
+
+def forward_kl(p: Any, q: Any) -> Float[Array, ""]:
+    r"""$E_p[\log p - \log q]$, drawing from `p`; minimize.
+
+    Args:
+        p: a measure that can be drawn from (a posterior that is known, a simulator, `normalize(...)`).
+        q: the guide; only its density is used.
+
+    Returns:
+        A scalar estimate.
+    """
+    require_frame("forward_kl")
+    value, log_p, _ = simulate(p)
+    return log_p - weigh(q, value)
+
+
+def f_divergence(p: Any, q: Any, divergence: Any) -> Float[Array, ""]:
+    r"""$E_q f(p/q)$ for a `gk.divergence` object; minimize. For a normalised `p` it is the divergence itself.
+
+    Args:
+        p: the model; unnormalised models give the divergence to `p` as it is.
+        q: the guide.
+        divergence: an `FDivergence`.
+
+    Returns:
+        A scalar estimate.
+
+    Raises:
+        TypeError: if `divergence` has no `phi`.
+    """
+    require_frame("f_divergence")
+    if not hasattr(divergence, "phi"):
+        raise TypeError(f"`divergence` must be a gk.divergence object; got {describe(divergence)}.")
+    _, log_p, log_q, _, _ = draw_and_weigh(p, q)
+    return divergence.phi(log_p - log_q)
+
+
+def _detached(p: Any, q: Any, size: int) -> tuple[Any, Any, Any]:
+    """K detached draws: normalised weights, log p and log q."""
+    check_count("num_particles", size)
+    frame = require_frame("wake")
+
+    def lane(index: Any) -> tuple[Any, Any]:
+        del index
+        _, log_p, log_q, _, _ = draw_and_weigh(p, q)
+        return log_p, log_q
+
+    with frame.forcing(Detach()):
+        (log_p, log_q), _ = looped_apart("particles", lane, size)
+    return stop_gradient(jax.nn.softmax(log_p - log_q)), log_p, log_q
+
+
+def wake_q(p: Any, q: Any, num_particles: int) -> Float[Array, ""]:
+    r"""The q-wake objective $\sum_k \bar w_k \log q(z_k)$, weights and draws detached; maximize.
+
+    Consistent for the forward KL as K grows, not unbiased.
+
+    Args:
+        p: the unnormalised model.
+        q: the guide.
+        num_particles: K.
+
+    Returns:
+        A scalar whose gradient reaches `q` only.
+
+    Source: Bornschein & Bengio, "Reweighted Wake-Sleep", ICLR 2015, equation 8.
+    """
+    weights, _, log_q = _detached(p, q, num_particles)
+    return jnp.sum(weights * log_q)
+
+
+def wake_p(p: Any, q: Any, num_particles: int) -> Float[Array, ""]:
+    r"""The p-wake objective $\sum_k \bar w_k \log p(x, z_k)$, weights and draws detached; maximize.
+
+    Args:
+        p: the unnormalised model.
+        q: the guide.
+        num_particles: K.
+
+    Returns:
+        A scalar whose gradient reaches `p` only.
+
+    Source: Bornschein & Bengio, "Reweighted Wake-Sleep", ICLR 2015, equation 6.
+    """
+    weights, log_p, _ = _detached(p, q, num_particles)
+    return jnp.sum(weights * log_p)
+
+
+def sleep(p: Any, q: Any) -> Float[Array, ""]:
+    r"""The sleep objective $E_{p(x, z)} \log q(z \mid x)$; maximize. Unbiased.
+
+    Args:
+        p: the model without observations, so that latents and data are drawn.
+        q: a guide, or a function from the drawn dict to a guide; it weighs the sites it has.
+
+    Returns:
+        A scalar whose gradient reaches `q` only.
+
+    Source: Hinton, Dayan, Frey & Neal, "The wake-sleep algorithm", Science 268 (1995).
+    """
+    frame = require_frame("sleep")
+    with frame.forcing(Detach()):
+        value, _, _ = simulate(p)
+    guide = q if hasattr(q, "log_density") else q(value)
+    if isinstance(guide, Program):
+        return evaluate(guide, value, strict=False).log_density
+    return weigh(guide, value)
