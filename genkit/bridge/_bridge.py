@@ -13,7 +13,7 @@ from jaxtyping import Array, ArrayLike, Float, Key, Real
 
 from genkit._core import Measure
 from genkit._core._checks import check, check_finite, check_interval, check_key, check_shape, is_concrete
-from genkit._core._fields import frozen_field
+from genkit._core._fields import FROZEN
 from genkit._core._measure import as_measure
 
 from ._potential import MixturePotential
@@ -84,9 +84,9 @@ class Bridge(AbstractBridge):
     """
 
     potential: MixturePotential
-    reference: AbstractReference = frozen_field()
-    backward: MixturePotential | None = frozen_field()
-    source: Float[Array, " n d"] | None = frozen_field()
+    reference: AbstractReference = eqx.field(metadata=FROZEN)
+    backward: MixturePotential | None = eqx.field(metadata=FROZEN)
+    source: Float[Array, " n d"] | None = eqx.field(metadata=FROZEN)
 
     def __init__(
         self,

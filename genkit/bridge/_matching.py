@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, ArrayLike, Float, Key, Real
 
 from genkit._core._checks import check, check_choice, check_count, check_key, check_positive
-from genkit._core._fields import as_number, frozen_field
+from genkit._core._fields import FROZEN, as_number
 from genkit.divergence import PointCost, sinkhorn_potentials
 
 from ._bridge import AbstractBridge, Bridge, check_times
@@ -182,7 +182,7 @@ class NeuralBridge(AbstractBridge):
 
     flow: Callable[..., Any]
     half_score: Callable[..., Any]
-    epsilon: Float[Array, ""] = frozen_field(converter=as_number)
+    epsilon: Float[Array, ""] = eqx.field(metadata=FROZEN, converter=as_number)
     substeps: int = eqx.field(static=True, default=50)
 
     def drift(self, t: Real[ArrayLike, " ..."], x: Float[ArrayLike, " *batch d"]) -> Float[Array, " ..."]:

@@ -8,7 +8,7 @@ import numpyro.distributions as dist
 from jaxtyping import Array, ArrayLike, Float, Key, Real
 
 from genkit._core._checks import check_interval, check_shape
-from genkit._core._fields import as_number, frozen_field
+from genkit._core._fields import FROZEN, as_number
 
 from ._scale import AbstractScale, Time, noise_size, take
 
@@ -53,8 +53,8 @@ class MixturePotential(eqx.Module):
     log_weights: Float[Array, " k"] = eqx.field(converter=jnp.asarray)
     shifts: Float[Array, " k d"] = eqx.field(converter=jnp.asarray)
     scale: AbstractScale
-    epsilon: Float[Array, ""] = frozen_field(converter=as_number)
-    center: Float[Array, " d"] = frozen_field(converter=jnp.asarray)
+    epsilon: Float[Array, ""] = eqx.field(metadata=FROZEN, converter=as_number)
+    center: Float[Array, " d"] = eqx.field(metadata=FROZEN, converter=jnp.asarray)
 
     def __check_init__(self):
         if any(not hasattr(leaf, "shape") for leaf in jax.tree.leaves(self)):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key, Real
 
-from genkit._core._fields import as_number, frozen_field
+from genkit._core._fields import FROZEN, as_number
 
 from ._scale import Time
 
@@ -39,7 +39,7 @@ class Brownian(AbstractReference):
         epsilon: variance at t = 1, a positive scalar.
     """
 
-    epsilon: Float[Array, ""] = frozen_field(converter=as_number)
+    epsilon: Float[Array, ""] = eqx.field(metadata=FROZEN, converter=as_number)
 
     def log_kernel(
         self,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jaxtyping import Array, ArrayLike, Float, Int, Real
 
-from genkit._core._fields import frozen_field
+from genkit._core._fields import FROZEN
 
 
 Time = Real[ArrayLike, ""]
@@ -329,7 +329,7 @@ class Zero(AbstractScale):
         count: an array of shape (K,) whose values are not read; it carries K through `take` and `vmap`.
     """
 
-    count: Float[Array, " k"] = frozen_field(converter=jnp.asarray)
+    count: Float[Array, " k"] = eqx.field(metadata=FROZEN, converter=jnp.asarray)
 
     @property
     def num_components(self) -> int:

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from genkit._core._checks import check, check_choice, check_finite, check_interval, check_positive, is_concrete
-from genkit._core._fields import frozen_field
+from genkit._core._fields import FROZEN
 from genkit.noise import Lift
 
 
@@ -142,7 +142,7 @@ class FractionalSDE(eqx.Module):
     diffusion: Callable
     lift: Lift
     hurst: Any = eqx.field(converter=_as_index)
-    horizon: Any = frozen_field(converter=_as_clock)
+    horizon: Any = eqx.field(metadata=FROZEN, converter=_as_clock)
     x0: Any = eqx.field(converter=_as_state, default=0.0)
     step: str = eqx.field(static=True, default="path_mean", kw_only=True)
 

@@ -10,7 +10,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, Key
 
 from genkit._core._checks import check_count, check_key
-from genkit._core._fields import frozen_field
+from genkit._core._fields import FROZEN
 
 from ._filter import Gaussian, flat_state
 from ._grid import Grid, Noises
@@ -92,8 +92,8 @@ class NeuralGuide(AbstractGuide):
     the factor of the history were added for this library.
     """
 
-    linear: LinearGuide | None = frozen_field()
-    observed: Observed = frozen_field()
+    linear: LinearGuide | None = eqx.field(metadata=FROZEN)
+    observed: Observed = eqx.field(metadata=FROZEN)
     encoder: Encoder
     control: eqx.nn.MLP
     origin: eqx.nn.MLP
