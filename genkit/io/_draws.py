@@ -65,7 +65,7 @@ def load_draws(path: str | os.PathLike[str]) -> Mapping[str, np.ndarray]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file at `{path}`.")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except Exception as error:  # zipfile, zlib and NumPy raise a dozen kinds
         raise CorruptFileError(path, f"it is not a sound .npz archive of plain arrays ({error})") from None

@@ -94,7 +94,7 @@ def contents(folder):
         ({"resume": True, "optimizer": "sgd"}, r"it has a leaf `\['state'\].opt\[0\].*` .* that is not expected"),
         (
             {"resume": True, "width": 9},
-            r"leaf `\['state'\].model.layers\[0\].weight` must be float32\[9, 2\]; the file",
+            r"leaf `\['state'\].model.layers\[0\].weight` must be float32\[9, 2\]",
         ),
     ],
 )
