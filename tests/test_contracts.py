@@ -4,6 +4,7 @@ The cases live beside the tests of each wing, in `tests/<wing>/contracts.py`, as
 new class lands with a line there. `test_every_public_module_has_a_case` holds that.
 """
 
+import functools
 import importlib.util
 import inspect
 import re
@@ -139,7 +140,8 @@ def test_vmap_equals_loop(case):
 @pytest.mark.parametrize("double", [False, True])
 def test_dtype_is_kept(case, double):
     with jax.enable_x64(double):
-        outputs = jax.tree.leaves(eqx.filter_eval_shape(lambda: case.use(case.make())))
+        run = (lambda: case.use(case.make())) if not case.eager else functools.partial(case.use, case.make())
+        outputs = jax.tree.leaves(eqx.filter_eval_shape(run))
         wanted = jnp.float64 if double else jnp.float32
         floating = [x for x in outputs if jnp.issubdtype(x.dtype, jnp.floating)]
         assert floating, "the case returns no floating array: set dtype=False"

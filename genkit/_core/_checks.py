@@ -15,7 +15,12 @@ import numpy as np
 
 
 class NonFiniteError(ValueError):
-    """A computation produced NaN or infinity; the message names where and at which step."""
+    """A computation produced NaN or infinity; the message names where and at which step.
+
+    `draws` holds what was computed nevertheless, where the computation was a drawing.
+    """
+
+    draws: Any = None
 
 
 def is_concrete(value: Any) -> bool:

@@ -88,6 +88,7 @@ def _apply(draw: "Draw", state: "State", transform: StepTransform, ctx: Context,
 def _select(draw: "Draw", state: "State", row: "Columns") -> "State":
     """Let each population weigh its particles, and permute everything the draws carry by the ancestors it names."""
     population = draw.hooks.population
+    assert population is not None, "the loop asks only where there is one"
     size = population.num_particles
     blocks = lambda tree: jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), tree)
     ctx = draw.context(row, state.y, row.sigma_after)
@@ -101,8 +102,8 @@ def _select(draw: "Draw", state: "State", row: "Columns") -> "State":
         )  # fmt: skip
         return population.update(StepEvent(x_prev, x, x0, aux), carry, own)
 
-    seen = blocks((x_prev, state.y, x0, aux, ctx.cond, ctx.key))
-    ancestors, crowds = jax.vmap(one)(*seen, state.population)
+    x_prev, x, x0, aux, cond, keys = blocks((x_prev, state.y, x0, aux, ctx.cond, ctx.key))
+    ancestors, crowds = jax.vmap(one)(x_prev, x, x0, aux, cond, keys, state.population)
     offsets = size * jnp.arange(len(ancestors))
     ancestors = (ancestors + offsets[:, None]).reshape(-1)
 

@@ -8,28 +8,23 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 
-_FROZEN = "genkit_frozen"
-
-
 def as_number(value: Any) -> jax.Array:
-    """`value` as an array of a floating dtype; Python numbers stay weakly typed, so that they never promote others."""
+    """`value` as an array of a floating dtype; Python numbers stay weakly typed, so that they never promote others.
+
+    Fields for numbers that users sweep say `eqx.field(converter=as_number)`: an array leaf, so that another value never
+    compiles again. They name the converter in the class body, where type checkers see that a Python float will do.
+    """
     array = jnp.asarray(value)
     return array if jnp.issubdtype(array.dtype, jnp.inexact) else array.astype(jnp.result_type(float))
 
 
-def number_field(**kwargs: Any) -> Any:
-    """A field for a number (or array) that users sweep: an array leaf, so that another value never recompiles."""
-    return eqx.field(converter=as_number, **kwargs)
-
-
-def frozen_field(**kwargs: Any) -> Any:
-    """A field whose leaves are part of the model but not parameters: the optimizer must not touch or decay them."""
-    metadata = dict(kwargs.pop("metadata", {}))
-    return eqx.field(metadata={**metadata, _FROZEN: True}, **kwargs)
+# Metadata of a field whose leaves are part of the model but not parameters: `eqx.field(..., metadata=FROZEN)`. The
+# optimizer must not touch or decay them.
+FROZEN = {"genkit_frozen": True}
 
 
 def trainable(tree: PyTree) -> PyTree[bool]:
-    """Mark what an optimizer may change: inexact arrays that do not sit under a `frozen_field`.
+    """Mark what an optimizer may change: inexact arrays that do not sit under a field marked `FROZEN`.
 
     Args:
         tree: a model, or any part of one.
@@ -40,10 +35,10 @@ def trainable(tree: PyTree) -> PyTree[bool]:
     Example:
         >>> import equinox as eqx
         >>> import jax.numpy as jnp
-        >>> from genkit._core._fields import frozen_field, trainable
+        >>> from genkit._core._fields import FROZEN, trainable
         >>> class Scaled(eqx.Module):
         ...     weight: object
-        ...     scale: object = frozen_field()
+        ...     scale: object = eqx.field(metadata=FROZEN)
         >>> marks = trainable(Scaled(jnp.ones(2), jnp.array(0.5)))
         >>> (marks.weight, marks.scale)
         (True, False)
@@ -63,6 +58,6 @@ def _marks(node: Any, *, frozen: bool) -> list[bool]:
     marks = []
     for (entry, *_), child in children:
         name = getattr(entry, "name", None)
-        held = name in fields and bool(fields[name].metadata.get(_FROZEN, False))
+        held = name in fields and bool(fields[name].metadata.get("genkit_frozen", False))
         marks += _marks(child, frozen=frozen or held)
     return marks

@@ -6,7 +6,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 
 class SaveError(OSError):
@@ -23,7 +23,7 @@ class CorruptFileError(ValueError):
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a binary file that replaces `path` in one step when the block ends well, and never appears otherwise.
 
     The bytes go to a temporary file in the same folder, which is synchronized to disk, renamed over `path`, and made

@@ -66,30 +66,48 @@ def auto_mesh(mesh: Mesh | None) -> Mesh | None:
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Put every JAX array of the tree on every device of the mesh, as arrays that compiled calls may consume."""
+    """Put every JAX array of the tree on every device of the mesh; each process brings the same values."""
     sharding = NamedSharding(mesh, PartitionSpec())
-    put = lambda x: jax.device_put(x, sharding) if isinstance(x, jax.Array) else x
+
+    def put(x: Any) -> Any:
+        if not isinstance(x, jax.Array):
+            return x
+        if sharding.is_fully_addressable:
+            return jax.device_put(x, sharding)
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(put(jax.random.key_data(x)), impl=jax.random.key_impl(x))
+        values = np.asarray(x)
+        return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+
     return jax.tree.map(put, tree)
+
+
+def local(tree: PyTree) -> PyTree:
+    """The copy that one device of this process has of every array: what comes after training needs no mesh."""
+    return jax.tree.map(lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x, tree)
 
 
 _copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
 
 
-def snapshot(arrays: PyTree) -> PyTree:
+def snapshot(arrays: tuple[Any, ...]) -> tuple[Any, ...]:
     """A copy that outlives the compiled calls, in the host's memory where there is one apart from the device's."""
-    device = jax.tree.leaves(arrays)[0].addressable_data(0).device
+    (device, *_) = arrays[0].addressable_data(0).devices()
     if device.platform == "cpu":
         return _copy(arrays)
     try:
         host = jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX was told to load no CPU backend
         return _copy(arrays)
-    return jax.tree.map(lambda x: jax.device_put(x.addressable_data(0), host), arrays)
+    return jax.device_put(local(arrays), host)
 
 
-def bring_back(kept: PyTree, like: PyTree) -> PyTree:
+def bring_back(kept: tuple[Any, ...], like: tuple[Any, ...]) -> tuple[Any, ...]:
     """A snapshot, copied to where the arrays of `like` are."""
-    return jax.tree.map(lambda k, x: jax.device_put(k, x.sharding, may_alias=False), kept, like)
+    sharding = like[0].sharding
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+        return _copy(replicate(kept, sharding.mesh))
+    return jax.device_put(kept, sharding, may_alias=False)
 
 
 def _stack(arrays: tuple[Any, ...], plan: Plan) -> Any:

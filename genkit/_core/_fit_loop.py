@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ._checks import NonFiniteError
 from ._ema import ema_model
 from ._files import SaveError
-from ._fit_feed import bring_back, feed, replicate, snapshot
+from ._fit_feed import bring_back, feed, local, replicate, snapshot
 from ._fit_step import Leaves, Plan, TrainState, explain, find_fault, run_steps, split
 from ._log import History, append_line, summary_line
 from ._objective import Recipe
@@ -39,6 +39,16 @@ class Fitted(eqx.Module):
         log: metrics by name, NumPy arrays with one entry per step: `loss`, and every scalar by-product of the
             objective. With several phases each name begins with `phase name/`; over repeats a metric is the mean.
         state: all that training changes, as checkpoints hold it.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> import genkit as gk
+        >>> loss = lambda model, batch, *, key: (jnp.mean((model - batch) ** 2), {})
+        >>> draw = jax.tree_util.Partial(lambda key: jax.random.normal(key, (8,)))
+        >>> recipe = gk.Recipe(lambda key: jnp.ones(()), draw, gk.Phase(loss, optax.adam(1e-2)), num_steps=3, ema=0.9)
+        >>> fitted = gk.fit(recipe, key=jax.random.key(0))
+        >>> bool(fitted.ema > fitted.model), int(fitted.state.step)
+        (True, 3)
     """
 
     model: PyTree
@@ -117,7 +127,8 @@ class Session:
         self.plan, self.history, self.data, self.total = plan, history, data, total
         self.reads = Leaves.of(plan)
         self.folder, self.on_step = folder, on_step
-        self.step, self.begun = int(state.step), time.monotonic()
+        self.step = self.first_step = int(state.step)
+        self.begun = time.monotonic()
         changing, self.rest = split(state)
         self.arrays, self.form = Leaves.of(changing)
         self.feed = feed(data, plan, self.step, total)
@@ -134,7 +145,7 @@ class Session:
         self.arrays, metrics, sound = run_steps(
             self.reads.form, self.form, self.reads.arrays, self.arrays, self.batches, self._rest_of(count)
         )
-        self.batches = next(self.feed) if self.step + count < self.total else None  # drawn while the device is busy
+        failure = self._draw(self.step + count)
         metrics, sound = jax.device_get((metrics, sound))
         metrics = {name: values[:count] for name, values in metrics.items()}
         if not sound:
@@ -142,7 +153,17 @@ class Session:
         self.step += count
         self.history.add(metrics)
         self._report(metrics, count)
+        if failure is not None:
+            raise failure
         return metrics
+
+    def _draw(self, step: int) -> Exception | None:
+        """Draw the next call's batches while the device is busy; a failure waits until its work is taken note of."""
+        try:
+            self.batches = next(self.feed) if step < self.total else None
+        except Exception as error:
+            return error
+        return None
 
     def _rest_of(self, count: int) -> np.int32 | None:
         # Loops of one pass are inlined by XLA, which might then fuse, and round, otherwise: they count as a rest.
@@ -190,13 +211,15 @@ class Session:
             self.folder.save(self.state(), self.history)
 
     def rescue(self) -> None:
-        """Save what there is; nothing when a call that was cut off has consumed it."""
-        if not any(x.is_deleted() for x in self.arrays) and int(self.state().step) == self.step:
+        """Save what was done; nothing when nothing was, or when a call that was cut off has consumed it."""
+        whole = not any(x.is_deleted() for x in self.arrays)
+        if self.step > self.first_step and whole and int(self.state().step) == self.step:
             self.save()
 
     def state(self) -> TrainState:
         """The state so far."""
-        return eqx.combine(self.form.tree(self.arrays), self.rest)
+        arrays = self.arrays if self.plan.mesh is None else local(self.arrays)
+        return eqx.combine(self.form.tree(arrays), self.rest)
 
     def fitted(self) -> Fitted:
         """What there is so far."""

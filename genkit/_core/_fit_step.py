@@ -79,13 +79,19 @@ def start_state(model: PyTree, phases: tuple[Phase, ...], masks: tuple[PyTree[bo
     """The state before the first step; its arrays are copies, because compiled calls consume (donate) them."""
     opt = tuple(phase.optimizer.init(eqx.filter(model, mask)) for phase, mask in zip(phases, masks, strict=True))
     trained = jax.tree.map(lambda *marks: any(marks), *masks)
-    state = TrainState(jnp.zeros((), jnp.int32), model, opt, ema_start(model, trained) if ema else None)
-    return jax.tree.map(_own, state)
+    average = ema_start(model, trained) if ema else None
+    model = jax.tree.map(lambda leaf, strong: _own(leaf, strong=strong), model, trained)
+    opt, average = jax.tree.map(lambda leaf: _own(leaf, strong=True), (opt, average))
+    return TrainState(jnp.zeros((), jnp.int32), model, opt, average)
 
 
-def _own(leaf: Any) -> Any:
-    """A copy of an array; a weakly typed one becomes strong, since a carry must come out of a step as it went in."""
-    return jnp.array(leaf, dtype=leaf.dtype, copy=True) if isinstance(leaf, jax.Array) else leaf
+def _own(leaf: Any, *, strong: bool) -> Any:
+    """A copy of an array. What steps change must be strongly typed, to come out of a step as it went in; other numbers
+    stay weakly typed if they are, lest they promote half precision.
+    """
+    if not isinstance(leaf, jax.Array):
+        return leaf
+    return jnp.array(leaf, dtype=leaf.dtype, copy=True) if strong else jnp.copy(leaf)
 
 
 class Leaves(NamedTuple):
@@ -242,13 +248,15 @@ def _update(
     batch = _spread(batch, plan.mesh)
     params, held = eqx.partition(carry.arrays, plan.masks[index])
 
-    def loss(params: PyTree) -> tuple[Scalar, dict[str, Any]]:
+    def loss(params: PyTree, key: Key[Array, ""]) -> tuple[Scalar, dict[str, Any]]:
         model = eqx.combine(params, held, plan.rest)
-        return _loss_and_aux(phase.objective(model, batch, key=loss_key), plan.label(index))
+        return _loss_and_aux(phase.objective(model, batch, key=key), plan.label(index))
 
-    (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params, loss_key)
     optimizer = optax.with_extra_args_support(phase.optimizer)
-    line_search = {"value": value, "grad": grads, "value_fn": lambda p: loss(p)[0]}
+    # A line search compares values under the same noise: it uses the key again, on purpose.
+    again = lambda params: loss(params, jax.random.clone(loss_key))[0]
+    line_search = {"value": value, "grad": grads, "value_fn": again}
     steps, opt = optimizer.update(grads, carry.opt, params, **line_search)
     arrays = eqx.combine(optax.apply_updates(params, steps), held)
     arrays = _write(arrays, aux.get("updates"), plan.label(index))

@@ -80,10 +80,17 @@ class Phase(eqx.Module):
             arrays are constants and never trained.
         repeats: updates per cycle, each with a batch and a key of its own.
         name: what the log calls the phase; needed only to tell several phases apart.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> import genkit as gk
+        >>> loss = lambda model, batch, *, key: (jnp.mean((model["mean"] - batch) ** 2), {})
+        >>> gk.Phase(loss, optax.adam(1e-2), where=lambda model: model["mean"], repeats=5).repeats
+        5
     """
 
     objective: Callable[..., Any]
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformation | optax.MultiSteps
     where: Callable[[Any], Any] | None = eqx.field(static=True)
     repeats: int = eqx.field(static=True)
     name: str | None = eqx.field(static=True)
@@ -91,7 +98,7 @@ class Phase(eqx.Module):
     def __init__(
         self,
         objective: Callable[..., Any],
-        optimizer: optax.GradientTransformation,
+        optimizer: optax.GradientTransformation | optax.MultiSteps,
         where: Callable[[Any], Any] | None = None,
         repeats: int = 1,
         *,
@@ -124,6 +131,7 @@ class Recipe(eqx.Module):
         save_every: steps between checkpoints of a run folder; `None` saves at most every 20 seconds. Every training
             saves at its end, and when it stops early.
         name: what to call the recipe in logs; `None` for none.
+        source: the definition file it came from, which `gk.load` fills in and run folders copy; `None` for none.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax

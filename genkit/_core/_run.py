@@ -103,11 +103,12 @@ def key_fact(key: jax.Array) -> Json:
 def start_run(run: Path, meta: Json, source: Source | None) -> None:
     """Create a run folder and everything in it that does not change during training."""
     run.mkdir(parents=True, exist_ok=True)
+    # First of all what makes the folder a run: whatever comes next may be cut off, and is written again on resuming.
+    atomic_write(run / META, json.dumps(meta, indent=2) + "\n")
     if source is not None:
         atomic_write(run / DEFINITION, source.text)
         for name, folder in source.needs:
             _copy_need(Path(folder), run / NEEDS / name)
-    atomic_write(run / META, json.dumps(meta, indent=2) + "\n")
 
 
 def _copy_need(source: Path, target: Path) -> None:
@@ -167,18 +168,17 @@ def find_state(run: Path, meta: Json, *, resume: bool) -> Stored | None:
     if run.exists() and not run.is_dir():
         raise ValueError(f"`run` must be a folder; got `{run}`, which is {describe_kind(run)}.")
     if not is_run(run):
-        if run.is_dir() and any(run.iterdir()):
+        if run.is_dir() and any(not path.name.endswith(".tmp") for path in run.iterdir()):
             raise ValueError(f"`run` must be a new or empty folder, or a run; got `{run}`, which holds other files.")
         _check_writable(run)
         return None
     if not resume:
         raise ValueError(f"`run` must be a new folder; got `{run}`, which holds a run. Pass `resume` to continue it.")
-    remove_leftovers(run)
     _check_equal(run, read_meta(run), meta)
-    if not (run / STATE).is_file():
-        return None
-    stored = read_state(run)
-    cut_log(run / LOG, stored.meta["steps"])
+    stored = read_state(run) if (run / STATE).is_file() else None
+    if jax.process_index() == 0:
+        remove_leftovers(run)
+        cut_log(run / LOG, 0 if stored is None else stored.meta["steps"])
     return stored
 
 

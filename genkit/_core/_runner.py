@@ -1,6 +1,6 @@
 """The runner: evaluates what a guidance needs, skips what it does not, and counts both."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -88,14 +88,15 @@ class Runner(eqx.Module):
         preds, tally = self._evaluate(first, needs, [None] * len(first), ctx)
         second = [group for group in groups if group[0].second_stage]
         if second:
-            asked = [each(lambda c, p, s, ask=g[0].ask: ask(p, c, s), ctx, preds, carry) for g in second]
+            asks = [group[0].ask for group in second if group[0].ask is not None]
+            asked = [each(lambda c, p, s, ask=ask: ask(p, c, s), ctx, preds, carry) for ask in asks]
             needs = [_broadcast(jnp.asarray(need, bool), len(ctx.x)) for need, _ in asked]
             more, extra = self._evaluate(second, needs, [cond for _, cond in asked], ctx)
             preds, tally = preds | more, tally + extra
         combine = self.guidance.combine
         x0, new, aux = each(lambda c, p, s: combine(p, c, s), ctx, preds, carry)
         held = jax.tree.map(lambda old, fresh: jnp.where(ctx.corrector, old, fresh), carry, new)
-        return x0, held, aux, tally
+        return x0.astype(ctx.x.dtype), held, aux, tally
 
     def _needs(self, groups: list[list[Slot]], ctx: Context, carry: PyTree) -> list[Need]:
         """What the draws need of each distinct evaluation: a Python bool where that is fixed, else one bool each."""
@@ -110,10 +111,12 @@ class Runner(eqx.Module):
             return {name: jnp.asarray(need, bool) for name, need in needs.items() if name not in fixed}
 
         varying = each(one, ctx, carry)
-        return [_any([fixed.get(s.name, varying.get(s.name, False)) for s in group]) for group in groups]
+        return [
+            _any([fixed[s.name] if s.name in fixed else varying.get(s.name, False) for s in group]) for group in groups
+        ]
 
     def _evaluate(
-        self, groups: list[list[Slot]], needs: list[Need], conds: list[Any], ctx: Context
+        self, groups: list[list[Slot]], needs: Sequence[Need], conds: list[Any], ctx: Context
     ) -> tuple[dict[str, Prediction], Tally]:
         """Evaluate each distinct evaluation where needed; predictions by slot name, and the counts."""
         n = len(ctx.x)
@@ -151,14 +154,14 @@ class Runner(eqx.Module):
         return Prediction(x0, need, gradient), executed
 
     def _fused(
-        self, where: list[int], slots: list[Slot], needs: list[Need], ctx: Context
+        self, where: list[int], slots: list[Slot], needs: Sequence[Need], ctx: Context
     ) -> dict[int, tuple[Prediction, Array]]:
         """Several evaluations of the sampled net as one concatenated call."""
         n, k = len(ctx.x), len(slots)
         conds = [_condition(slot, ctx, None) for slot in slots]
         data = [null_like(ctx.cond) if cond is None else cond for cond in conds]
-        x, key = jnp.concatenate([ctx.x] * k), jnp.concatenate([ctx.key] * k)
-        run = lambda x, cond: _predict(self.model, slots[0], x, cond, key, ctx)[0]
+        x = jnp.concatenate([ctx.x] * k)
+        run = lambda x, cond: _predict(self.model, slots[0], x, cond, ctx.key, ctx)[0]
         total = _any(needs)
         if total is True:
             out, executed = run(x, jnp.concatenate(data)), jnp.ones(n, jnp.int32)
@@ -235,12 +238,13 @@ def _predict(net: Callable, slot: Slot, x: Array, cond: Any, key: Array, ctx: Co
         check(x0.shape == y.shape, "denoiser", f"a function that keeps the shape {y.shape[1:]}", f"{x0.shape[1:]}")
         return x0.astype(y.dtype)
 
-    if slot.loss is None:
+    loss = slot.loss
+    if loss is None:
         return denoise(x), None
 
     def total(y: Array) -> tuple[Array, Array]:
         x0 = denoise(y)
-        losses = jax.vmap(lambda d, one, c, k: slot.loss(d, at(ctx, one, c, k)))(x0, y, cond, key)
+        losses = jax.vmap(lambda d, one, c, k: loss(d, at(ctx, one, c, k)))(x0, y, cond, key)
         return jnp.sum(losses), x0  # draws do not interact, so the gradient of the sum is that of each
 
     gradient, x0 = jax.grad(total, has_aux=True)(x)
@@ -280,7 +284,7 @@ def _fusible(slot: Slot) -> bool:
     return slot.net is None and slot.loss is None and slot.ask is None
 
 
-def _any(needs: list[Need]) -> Need:
+def _any(needs: Sequence[Need]) -> Need:
     """Logical or, staying a Python bool where possible."""
     if any(need is True for need in needs):
         return True

@@ -66,7 +66,7 @@ def sample(
     """
     check_key(key)
     check_count("num_samples", num_samples)
-    sampler = _with_guidance(as_sampler(sampler), guidance)
+    sampler = jax.tree.map(_strong, _with_guidance(as_sampler(sampler), guidance))
     if not callable(denoiser):
         raise TypeError(
             f"`denoiser` must be a callable (x, sigma, cond=None) -> x0; got {describe(denoiser)}. "
@@ -107,13 +107,22 @@ def _draw(
     return sampler.draw(denoiser, keys, cond=cond, x_init=x_init, shape=shape, **extra)
 
 
+def _strong(leaf: Any) -> Any:
+    """A number made from a Python number, of a definite dtype: `2.0` and `jnp.float32(2)` must not compile twice."""
+    if not (isinstance(leaf, jax.Array) and leaf.weak_type):
+        return leaf
+    # A concrete scalar goes through the host, which compiles nothing.
+    small = leaf.ndim == 0 and is_concrete(leaf)
+    return jnp.asarray(np.asarray(leaf) if small else leaf, leaf.dtype)
+
+
 def _with_guidance(sampler: AbstractSampler, guidance: Any) -> AbstractSampler:
     """Give the sampler the guidance of the call, refusing two of them."""
     if guidance is None:
         return sampler
     if not hasattr(sampler, "guidance"):
         raise ValueError(f"`guidance` must be None with {type(sampler).__name__}, which takes none; got {guidance!r}.")
-    if sampler.guidance is not None:
+    if getattr(sampler, "guidance", None) is not None:
         raise ValueError(
             "`guidance` must be given once; got one in the sampler and one in the call. "
             "Drop one, or pass the bare table."
@@ -138,7 +147,7 @@ def _check_x_init(x_init: Any, num_samples: int) -> Array | None:
     """The initial states as floating numbers, one per draw."""
     if x_init is None:
         return None
-    x_init = jnp.asarray(x_init)
+    x_init = _strong(jnp.asarray(x_init))
     if jnp.issubdtype(x_init.dtype, jnp.integer):
         x_init = x_init.astype(jnp.result_type(float))
     check(bool(jnp.issubdtype(x_init.dtype, jnp.floating)), "x_init", "of a floating dtype", x_init)
@@ -174,7 +183,7 @@ def _check_cond(cond: Any, denoiser: Any, num_samples: int, block: int) -> Array
     if cond is None:
         return None
     try:
-        cond = jnp.asarray(cond)
+        cond = _strong(jnp.asarray(cond))
     except (TypeError, ValueError) as error:
         raise TypeError(f"`cond` must be a number or an array of numbers; got {describe(cond)}.") from error
     integer, floating = (jnp.issubdtype(cond.dtype, kind) for kind in (jnp.integer, jnp.floating))
@@ -212,7 +221,7 @@ def _check_draws(
         bad = ~jnp.all(jnp.isfinite(draws.value))
         value = eqx.error_if(draws.value, bad, "`gk.sample`: a draw holds NaN or infinity.")
         return eqx.tree_at(lambda d: d.value, draws, value)
-    finite = np.isfinite(np.asarray(draws.value)).reshape(len(draws.value), -1).all(axis=1)[: num_samples - start]
+    finite = np.all(np.isfinite(np.asarray(draws.value)).reshape(len(draws.value), -1), axis=1)[: num_samples - start]
     if finite.all():
         return draws
     first = int(np.flatnonzero(~finite)[0])

@@ -139,9 +139,10 @@ class Sampler(AbstractSampler):
         def probe(x: Array, key: Array, cond: Any) -> Array:
             carry = guidance.init(x)
             for sigma, start, end, step, corrector, evaluate in zip(*columns, strict=True):
-                place = (jnp.asarray(v) for v in (sigma, start, end, step, columns[3][-1] + 1, corrector))
+                place = (sigma, start, end, step, columns[3][-1] + 1, corrector)
                 with jax.ensure_compile_time_eval():
-                    ctx = Context(x, *place, cond, key)
+                    sigma, start, end, step, num_steps, corrector = map(jnp.asarray, place)
+                    ctx = Context(x, sigma, start, end, step, num_steps, corrector, cond, key)
                 found.append(fixed_pattern(guidance, ctx, carry) if evaluate else None)
             return x
 

@@ -29,20 +29,10 @@ _PRELUDE = struct.Struct("<8sQ32s")
 _FORMAT = 1
 _MAX_HEADER = 1 << 26  # 64 MiB of names and shapes: a million leaves
 _MAX_DIM = 1 << 48
-_PLAIN = [
-    np.bool_,
-    *(np.dtype(f"{kind}{size}") for kind in "iu" for size in (1, 2, 4, 8)),
-    "f2",
-    "f4",
-    "f8",
-    "c8",
-    "c16",
-]
-_SMALL = ["bfloat16", "float8_e4m3fn", "float8_e4m3b11fnuz", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"]
-_NAMED = [np.dtype(kind) for kind in _PLAIN] + [
-    np.dtype(getattr(ml_dtypes, name)) for name in (*_SMALL, "int4", "uint4")
-]
-_DTYPES = {dtype.name: dtype for dtype in _NAMED}
+_PLAIN = "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 complex64 complex128"
+_SMALL = "bfloat16 float8_e4m3fn float8_e4m3b11fnuz float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz int4 uint4"
+_DTYPES = {str(np.dtype(name)): np.dtype(name) for name in _PLAIN.split(" ")}
+_DTYPES |= {name: np.dtype(getattr(ml_dtypes, name)) for name in _SMALL.split(" ")}
 _SCALARS: dict[str, Any] = {"bool": bool, "int": int, "float": float, "str": str}
 _ARRAY_KINDS = ("jax", "numpy", "generic")
 
@@ -170,7 +160,7 @@ def restore(stored: Stored, like: PyTree, prefix: str = "") -> PyTree:
         wanted.add(name)
         have = stored.headers.get(name)
         expected, found = _describe(_encode_header(leaf)), _describe(have)
-        if expected != found and not _same(_encode_header(leaf), have):
+        if have is None or (expected != found and not _same(_encode_header(leaf), have)):
             raise ValueError(f"`{stored.path}` does not fit: leaf `{name}` must be {expected}; the file has {found}.")
         leaves.append(leaf if have["kind"] == "opaque" else stored.leaves[name])
     extra = [name for name in stored.headers if name.startswith(prefix) and name not in wanted]
@@ -192,11 +182,13 @@ def restore(stored: Stored, like: PyTree, prefix: str = "") -> PyTree:
 
 def _encode(leaf: Any) -> tuple[Json, np.ndarray | None]:
     header = _encode_header(leaf)
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        if not leaf.is_fully_replicated:
+            raise ValueError("an array spread over several processes cannot be saved by one of them; gather it first.")
+        leaf = leaf.addressable_data(0)
     if header["kind"] == "key":
         return header, np.asarray(jax.random.key_data(leaf))
     if header["kind"] in _ARRAY_KINDS:
-        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
-            raise ValueError("an array spread over several processes cannot be saved by one of them; gather it first.")
         array = np.asarray(leaf)
         return header, array.astype(array.dtype.newbyteorder("<"), copy=False)
     return header, None
@@ -206,7 +198,8 @@ def _encode_header(leaf: Any) -> Json:
     if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return {"kind": "key", "impl": _impl(leaf.dtype), "shape": list(leaf.shape)}
-        return {"kind": "jax", "dtype": leaf.dtype.name, "shape": list(leaf.shape)}
+        weak = {"weak": True} if getattr(leaf, "weak_type", False) and leaf.shape == () else {}
+        return {"kind": "jax", "dtype": leaf.dtype.name, "shape": list(leaf.shape), **weak}
     if isinstance(leaf, (np.ndarray, np.generic)):
         kind = "numpy" if isinstance(leaf, np.ndarray) else "generic"
         dtype = leaf.dtype.name
@@ -349,7 +342,7 @@ def _layout(entry: Json) -> tuple[np.dtype, tuple[int, ...]]:
     if not all(type(dim) is int and 0 <= dim < _MAX_DIM for dim in shape) or len(shape) > 32:
         raise ValueError(f"{entry['path']} has the absurd shape {shape}")
     if entry["kind"] == "key":
-        words = {"fry": 2, "threefry2x32": 2, "rbg": 4, "unsafe_rbg": 4}[entry["impl"]]
+        words = {"threefry2x32": 2, "rbg": 4, "unsafe_rbg": 4}[entry["impl"]]
         return np.dtype("uint32"), (*shape, words)
     return _DTYPES[entry["dtype"]], tuple(shape)
 
@@ -383,7 +376,7 @@ def _build(path: Path, entry: Json, raw: memoryview) -> Any:
         return array
     if entry["kind"] == "generic":
         return array[()]
-    value = jnp.array(array)
+    value = jnp.array(array.item() if entry.get("weak") else array)  # Python numbers make weakly typed arrays
     if value.dtype != dtype:
         raise ValueError(
             f"`{path}` holds `{entry['path']}` in {dtype.name}, which JAX turns into {value.dtype.name}: enable it "

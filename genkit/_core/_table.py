@@ -155,7 +155,7 @@ class Table(eqx.Module):
     @property
     def order(self) -> int:
         """Guaranteed order of convergence in the number of steps (a property that the tests measure)."""
-        return int(self.claimed_order)
+        return int(np.asarray(self.claimed_order))
 
     @property
     def nfe(self) -> int:

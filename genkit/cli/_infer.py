@@ -5,8 +5,6 @@ from pathlib import Path
 
 import jax
 
-import genkit
-
 from .._core._files import atomic_write
 from ..io import DefinitionError, load_definition, save_draws
 
@@ -24,9 +22,7 @@ def run(args: Namespace) -> int:
     method = load_definition(args.sampler, ("sampler",)).value
     if not callable(getattr(method, "run", None)):
         raise DefinitionError(f"{args.sampler} binds a sampler for `genkit sample`, not a method for `genkit infer`.")
-    key = jax.random.key(args.seed)
-    verb = getattr(genkit, "infer", None)
-    posterior = method.run(problem, key=key) if verb is None else verb(problem, method, key=key)
+    posterior = method.run(problem, key=jax.random.key(args.seed))  # which is what `gk.infer` does
     summary = str(posterior.summary())
     if args.out is not None:
         out = Path(args.out)

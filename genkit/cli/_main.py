@@ -25,6 +25,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 2 for wrong input and for work that could not be done, 1 for an error nobody expected,
         130 when interrupted.
+
+    Example:
+        >>> from genkit.cli import main
+        >>> main(["zoo", "list"])  # doctest: +ELLIPSIS
+        models/digits.py ...
+        0
     """
     args = _parser().parse_args(argv)
     try:

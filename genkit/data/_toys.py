@@ -66,7 +66,7 @@ def ring(
     check_count("num_modes", num_modes)
     key_mode, key_noise = jr.split(key)
     angle = 2 * math.pi * jr.randint(key_mode, (num_samples,), 0, num_modes) / num_modes
-    points = radius * jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=1)
+    points = jnp.asarray(radius) * jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=1)
     return points + noise * jr.normal(key_noise, points.shape)
 
 

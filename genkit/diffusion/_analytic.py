@@ -174,7 +174,7 @@ class MixtureDenoiser(Denoiser):
         check_finite("weights", weights)
         check_interval("weights", weights, 0.0)
         self.labels, self.num_labels = check_labels(labels, count, "component")
-        for label in [None] if self.labels is None else [None, *range(self.num_labels)]:
+        for label in [None] if self.num_labels is None else [None, *range(self.num_labels)]:
             members = weights if label is None else jnp.where(self.labels == label, weights, 0)
             if is_concrete(members):
                 what = "positive for some component" + ("" if label is None else f" of label {label}")

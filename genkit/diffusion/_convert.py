@@ -128,7 +128,7 @@ def _exchange(value: Array, x: Array, alpha: Array, sigma: Array, source: _Form,
 
 def _quotient(numerator: ArrayLike, denominator: Array) -> Array:
     """A quotient with finite value and gradients also where the denominator vanishes (the caller replaces it there)."""
-    return numerator / jnp.where(denominator == 0, 1, denominator)
+    return jnp.asarray(numerator) / jnp.where(denominator == 0, 1, denominator)
 
 
 def _broadcasts_into(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:

@@ -119,6 +119,7 @@ def label_mask(labels: Array | None, num_labels: int | None, cond: object) -> Ar
     if cond is None:
         return None
     check(labels is not None, "cond", "None, because this law was given no labels", cond, "Pass `labels=`.")
+    assert labels is not None and num_labels is not None
     cond = jnp.asarray(cond)
     integer = cond.shape == () and jnp.issubdtype(cond.dtype, jnp.integer)
     check(integer, "cond", "one integer label (-1 for all)", cond)
@@ -143,5 +144,4 @@ def check_labels(labels: ArrayLike | None, size: int, name: str) -> tuple[Array 
 
 def vmap_members(function, spread: Spread):
     """Map a function `(mean, spread) -> ...` over the members of a stack of Gaussians."""
-    axes = Spread(0, None if spread.basis is None else 0)
-    return jax.vmap(function, in_axes=(0, axes))
+    return jax.vmap(function, in_axes=(0, jax.tree.map(lambda _: 0, spread)))

@@ -9,7 +9,7 @@ from jaxtyping import Array, ArrayLike, Float, Inexact
 
 from genkit._core import Denoiser
 from genkit._core._checks import check, check_choice, check_positive, describe
-from genkit._core._fields import as_number, frozen_field
+from genkit._core._fields import FROZEN, as_number
 
 from ._convert import PREDICTIONS, convert
 from ._schedule_family import EDM
@@ -54,8 +54,8 @@ class Preconditioned(Denoiser):
 
     net: Callable
     prediction: str = eqx.field(static=True, default="F")
-    sigma_data: Float[Array, ""] = frozen_field(converter=as_number, default=1.0)
-    schedule: Schedule = frozen_field(default_factory=EDM)
+    sigma_data: Float[Array, ""] = eqx.field(converter=as_number, default=1.0, metadata=FROZEN)
+    schedule: Schedule = eqx.field(default_factory=EDM, metadata=FROZEN)
 
     def __check_init__(self):
         check_choice("prediction", self.prediction, PREDICTIONS)

@@ -2,11 +2,12 @@
 
 import math
 
+import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Real
 
 from genkit._core._checks import check, check_interval, check_positive, is_concrete
-from genkit._core._fields import number_field
+from genkit._core._fields import as_number
 
 from ._schedules import Schedule, as_time
 
@@ -51,8 +52,8 @@ class VE(Schedule):
     equation 30.
     """
 
-    sigma_min: Float[Array, ""] = number_field()
-    sigma_max: Float[Array, ""] = number_field()
+    sigma_min: Float[Array, ""] = eqx.field(converter=as_number)
+    sigma_max: Float[Array, ""] = eqx.field(converter=as_number)
 
     def __check_init__(self):
         check_positive("sigma_min", self.sigma_min)
@@ -94,8 +95,8 @@ class VP(Schedule):
     equation 32.
     """
 
-    beta_min: Float[Array, ""] = number_field(default=0.1)
-    beta_max: Float[Array, ""] = number_field(default=20.0)
+    beta_min: Float[Array, ""] = eqx.field(converter=as_number, default=0.1)
+    beta_max: Float[Array, ""] = eqx.field(converter=as_number, default=20.0)
 
     def __check_init__(self):
         check_positive("beta_min", self.beta_min)
@@ -132,8 +133,8 @@ class SubVP(Schedule):
     equation 28.
     """
 
-    beta_min: Float[Array, ""] = number_field(default=0.1)
-    beta_max: Float[Array, ""] = number_field(default=20.0)
+    beta_min: Float[Array, ""] = eqx.field(converter=as_number, default=0.1)
+    beta_max: Float[Array, ""] = eqx.field(converter=as_number, default=20.0)
 
     def __check_init__(self):
         check_positive("beta_min", self.beta_min)
@@ -196,7 +197,7 @@ class Cosine(Schedule):
     Source: Nichol and Dhariwal, "Improved Denoising Diffusion Probabilistic Models", ICML 2021, equation 17.
     """
 
-    s: Float[Array, ""] = number_field(default=0.008)
+    s: Float[Array, ""] = eqx.field(converter=as_number, default=0.008)
 
     def __check_init__(self):
         check_interval("s", self.s, 0.0)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from genkit._core._checks import check_positive
-from genkit._core._fields import number_field
+from genkit._core._fields import as_number
 
 
 class EDMWeight(eqx.Module):
@@ -22,7 +22,7 @@ class EDMWeight(eqx.Module):
     Source: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", NeurIPS 2022, table 1.
     """
 
-    sigma_data: Float[Array, ""] = number_field(default=1.0)
+    sigma_data: Float[Array, ""] = eqx.field(converter=as_number, default=1.0)
 
     def __check_init__(self):
         check_positive("sigma_data", self.sigma_data)
@@ -46,7 +46,7 @@ class MinSNRWeight(eqx.Module):
     Source: Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy", ICCV 2023, section 3.4.
     """
 
-    gamma: Float[Array, ""] = number_field(default=5.0)
+    gamma: Float[Array, ""] = eqx.field(converter=as_number, default=5.0)
 
     def __check_init__(self):
         check_positive("gamma", self.gamma)

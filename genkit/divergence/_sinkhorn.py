@@ -48,7 +48,8 @@ class MatrixCost(AbstractCost):
     @property
     def shape(self) -> tuple[int, int]:
         """Numbers of sources and of targets."""
-        return self.matrix.shape
+        sources, targets = self.matrix.shape
+        return sources, targets
 
     def transpose(self) -> "MatrixCost":
         """The cost from targets to sources."""
@@ -160,8 +161,10 @@ def sinkhorn_potentials(
         check_positive("tau", tau)
     for name, weights, size in (("a", log_a, cost.shape[0]), ("b", log_b, cost.shape[1])):
         check(weights.shape == (size,), name, f"of shape ({size},)", f"shape {weights.shape}")
-    numbers = [None if number is None else jnp.asarray(number, log_a.dtype) for number in (epsilon, tau, tolerance)]
-    return _iterate(*jax.lax.stop_gradient((cost, log_a, log_b, *numbers)), max_iterations, symmetric)
+    epsilon, tolerance = jnp.asarray(epsilon, log_a.dtype), jnp.asarray(tolerance, log_a.dtype)
+    tau = None if tau is None else jnp.asarray(tau, log_a.dtype)
+    fixed = jax.lax.stop_gradient((cost, log_a, log_b, epsilon, tau, tolerance))
+    return _iterate(*fixed, max_iterations=max_iterations, symmetric=symmetric)
 
 
 @eqx.filter_jit
@@ -262,7 +265,7 @@ def transport_value(
     if tau is None:
         held = jnp.sum(a * _finite(f)) + jnp.sum(b * _finite(g))
     else:
-        held = -tau * (jnp.sum(a * jnp.expm1(-f / tau)) + jnp.sum(b * jnp.expm1(-g / tau)))
+        held = -jnp.asarray(tau) * (jnp.sum(a * jnp.expm1(-f / tau)) + jnp.sum(b * jnp.expm1(-g / tau)))
     return held + epsilon * (jnp.sum(a) * jnp.sum(b) - mass)
 
 

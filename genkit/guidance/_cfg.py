@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from genkit._core import Context, Guidance, Prediction, Slot
 from genkit._core._checks import check, check_finite
-from genkit._core._fields import number_field
+from genkit._core._fields import as_number
 
 
 class CFG(Guidance):
@@ -18,7 +19,7 @@ class CFG(Guidance):
         scale: guidance scale $w$, a scalar array.
     """
 
-    scale: Float[Array, ""] = number_field()
+    scale: Float[Array, ""] = eqx.field(converter=as_number)
 
     def __check_init__(self) -> None:
         """Refuse scales that are not one finite number."""

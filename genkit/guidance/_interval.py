@@ -11,7 +11,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 
 from genkit._core import Context, Guidance, Prediction, Slot
 from genkit._core._checks import check, describe, is_concrete
-from genkit._core._fields import number_field
+from genkit._core._fields import as_number
 
 
 class Interval(Guidance):
@@ -24,8 +24,8 @@ class Interval(Guidance):
     """
 
     guidance: Guidance
-    sigma_lo: Float[Array, ""] = number_field()
-    sigma_hi: Float[Array, ""] = number_field()
+    sigma_lo: Float[Array, ""] = eqx.field(converter=as_number)
+    sigma_hi: Float[Array, ""] = eqx.field(converter=as_number)
 
     def __check_init__(self) -> None:
         """Refuse foreign guidance and empty intervals."""
@@ -38,7 +38,7 @@ class Interval(Guidance):
     def slots(self) -> tuple[Slot, ...]:
         """Those of the guidance; second-stage ones are asked for inside only."""
         return tuple(
-            dataclasses.replace(s, ask=_Gated(self, s.ask)) if s.second_stage else s for s in self.guidance.slots()
+            dataclasses.replace(s, ask=_Gated(self, s.ask)) if s.ask is not None else s for s in self.guidance.slots()
         )
 
     def init(self, x: Float[Array, " *shape"]) -> Any:

@@ -85,6 +85,14 @@ def load_definition(path: str | os.PathLike[str], kinds: tuple[str, ...] = tuple
     Raises:
         FileNotFoundError: if there is no such file.
         DefinitionError: if it fails, or binds none or several of the names, or something of another type.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> import genkit as gk
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "coin.py"
+        >>> _ = path.write_text("import genkit as gk; problem = gk.Problem(lambda: None)")
+        >>> gk.io.load_definition(path).kind
+        'problem'
     """
     path = Path(path)
     if not path.is_file():

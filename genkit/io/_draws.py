@@ -22,6 +22,15 @@ def save_draws(path: str | os.PathLike[str], draws: Any) -> None:
 
     Raises:
         SaveError: if the system refuses; a file that stood there before is intact.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> import jax.numpy as jnp
+        >>> import genkit as gk
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "draws.npz"
+        >>> gk.io.save_draws(path, {"value": jnp.zeros((3, 2)), "info": {"steps": 7}})
+        >>> sorted(gk.io.load_draws(path))
+        ['info.steps', 'value']
     """
     arrays = {}
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(draws):
@@ -43,11 +52,20 @@ def load_draws(path: str | os.PathLike[str]) -> Mapping[str, np.ndarray]:
 
     Raises:
         CorruptFileError: if the file is damaged or foreign.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> import numpy as np
+        >>> import genkit as gk
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "draws.npz"
+        >>> gk.io.save_draws(path, {"value": np.arange(3)})
+        >>> gk.io.load_draws(path)["value"].tolist()
+        [0, 1, 2]
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file at `{path}`.")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except Exception as error:  # zipfile, zlib and NumPy raise a dozen kinds
         raise CorruptFileError(path, f"it is not a sound .npz archive of plain arrays ({error})") from None

@@ -76,6 +76,15 @@ def save(path: str | os.PathLike[str], object: PyTree) -> None:
 
     Raises:
         SaveError: if the system refuses; a file that stood there before is intact.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> import jax
+        >>> import genkit as gk
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "key.gk"
+        >>> gk.save(path, {"key": jax.random.key(1), "rate": 0.5})
+        >>> gk.load(path, like={"key": jax.random.key(0), "rate": 0.0})["rate"]
+        0.5
     """
     if Path(path).suffix == ".npz":
         save_draws(path, object)
@@ -92,6 +101,23 @@ def load_run(path: str | os.PathLike[str], like: PyTree = None) -> Fitted:
 
     Returns:
         What the training gave, up to the last checkpoint.
+
+    Raises:
+        FileNotFoundError: if there is no run, or no checkpoint in it yet.
+        CorruptFileError: if a file of the run is damaged.
+        ValueError: if the recipe does not fit the checkpoint, naming the first leaf that differs.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> import jax, jax.numpy as jnp, optax
+        >>> import genkit as gk
+        >>> loss = lambda model, batch, *, key: (jnp.mean((model - batch) ** 2), {})
+        >>> draw = jax.tree_util.Partial(lambda key: jax.random.normal(key, (8,)))
+        >>> recipe = gk.Recipe(lambda key: jnp.ones(()), draw, gk.Phase(loss, optax.adam(1e-2)), num_steps=3)
+        >>> run = pathlib.Path(tempfile.mkdtemp()) / "run"
+        >>> fitted = gk.fit(recipe, key=jax.random.key(0), run=run)
+        >>> bool(gk.io.load_run(run, like=recipe).model == fitted.model)
+        True
     """
     path = Path(path)
     meta, stored = read_meta(path), read_state(path)
@@ -103,7 +129,7 @@ def load_run(path: str | os.PathLike[str], like: PyTree = None) -> Fitted:
         recipe = with_needs(definition, runs)
     else:
         raise ValueError(f"`like` must be the recipe `{path}` was trained with: the run has no definition file.")
-    key = jax.random.wrap_key_data(np.asarray(meta["key"]["data"], np.uint32), impl=meta["key"]["impl"])
+    key = jax.random.wrap_key_data(jax.numpy.asarray(meta["key"]["data"], np.uint32), impl=meta["key"]["impl"])
     return fitted_from(stored, recipe, key)
 
 
@@ -119,6 +145,20 @@ def with_needs(definition: Definition, runs: Mapping[str, str | os.PathLike[str]
 
     Raises:
         DefinitionError: if a run is missing, or is not needed.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> import genkit as gk
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "constant.py"
+        >>> _ = path.write_text('''
+        ... import jax, jax.numpy as jnp, optax
+        ... import genkit as gk
+        ... loss = lambda model, batch, *, key: (jnp.mean((model - batch) ** 2), {})
+        ... draw = jax.tree_util.Partial(lambda key: jax.random.normal(key, (8,)))
+        ... recipe = gk.Recipe(lambda key: jnp.ones(()), draw, gk.Phase(loss, optax.adam(1e-2)), num_steps=3)
+        ... ''')
+        >>> gk.io.with_needs(gk.io.load_definition(path), {}).num_steps
+        3
     """
     missing, extra = sorted(set(definition.needs) - set(runs)), sorted(set(runs) - set(definition.needs))
     if missing:

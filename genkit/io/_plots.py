@@ -32,6 +32,15 @@ def plot_grid(
     Raises:
         ValueError: if the shape is another one.
         NonFiniteError: if there is NaN or infinity.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> import numpy as np
+        >>> import genkit as gk
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "grid.png"
+        >>> gk.io.plot_grid(path, np.zeros((4, 1, 8, 8)))
+        >>> path.read_bytes()[1:4]
+        b'PNG'
     """
     from matplotlib import image as writer
 
@@ -41,7 +50,7 @@ def plot_grid(
     check(good, "images", "of shape (n, 1 or 3, height, width) or (n, height, width)", f"shape {images.shape}")
     check_finite("images", images)
     number, _, height, width = images.shape
-    columns = min(number, int(np.ceil(np.sqrt(number)))) if columns is None else columns
+    columns = int(np.ceil(np.sqrt(number))) if columns is None else columns
     check_count("columns", columns)
     scale = max(1, round(64 / width)) if scale is None else scale
     check_count("scale", scale)
@@ -66,6 +75,15 @@ def plot_log(path: str | os.PathLike[str], log: Mapping[str, Float[np.ndarray, "
         path: the file to write or to replace.
         log: metrics by name, as `Fitted.log` has them.
         smooth: steps to average over in the heavy line; default a fiftieth of all.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> import numpy as np
+        >>> import genkit as gk
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "log.png"
+        >>> gk.io.plot_log(path, {"loss": 1 / np.arange(1.0, 100.0)})
+        >>> path.read_bytes()[1:4]
+        b'PNG'
     """
     check(len(log) > 0, "log", "a dict with at least one metric", "none")
     figure, panels = _figure(len(log))
@@ -90,6 +108,13 @@ def plot_draws(path: str | os.PathLike[str], values: ArrayLike) -> bool:
 
     Returns:
         Whether there is a picture for draws of this shape.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> import numpy as np
+        >>> import genkit as gk
+        >>> gk.io.plot_draws(pathlib.Path(tempfile.mkdtemp()) / "draws.png", np.zeros((5, 2)))
+        True
     """
     values = np.asarray(values)
     shape = values.shape[1:]

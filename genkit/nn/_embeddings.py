@@ -66,7 +66,7 @@ class ConditionEmbedding(eqx.Module):
         Raises:
             ValueError: for a condition that the embedding does not take.
         """
-        frequencies = np.geomspace(_LOWEST_FREQUENCY, _HIGHEST_FREQUENCY, self.time_in.in_features // 2)
+        frequencies = np.geomspace(_LOWEST_FREQUENCY, _HIGHEST_FREQUENCY, self.time_in.weight.shape[1] // 2)
         phase = 2 * np.pi * t * jnp.asarray(frequencies, t.dtype)
         features = jnp.concatenate([jnp.cos(phase), jnp.sin(phase)])
         embedding = self.time_out(jax.nn.silu(self.time_in(features)))
@@ -77,6 +77,7 @@ class ConditionEmbedding(eqx.Module):
 
     def _embed_condition(self, cond: Any) -> Float[Array, " size"]:
         """The embedding of a condition, or of its absence."""
+        assert self.null is not None
         if cond is None:
             return self.null
         cond = jnp.asarray(cond)
@@ -86,5 +87,6 @@ class ConditionEmbedding(eqx.Module):
             return jnp.where(cond < 0, self.null, self.table[jnp.maximum(cond, 0)])
         fits = cond.size == self.cond_size and jnp.issubdtype(cond.dtype, jnp.floating)
         check(fits, "cond", f"a floating vector of length {self.cond_size}", describe(cond))
+        assert self.project is not None
         absent = jnp.isnan(cond).any()
         return jnp.where(absent, self.null, self.project(jnp.where(absent, 0, cond).ravel()))

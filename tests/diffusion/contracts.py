@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from contract import Case
 
 import genkit as gk
@@ -29,7 +30,7 @@ def law(model):
 
 def mixture():
     covs = jnp.array([0.5, 1.0])[:, None, None] * jnp.eye(2)
-    return d.MixtureDenoiser(jnp.array([0.3, 0.7]), jnp.array([[0.0, 1.0], [2.0, 0.0]]), covs, labels=jnp.array([0, 1]))
+    return d.MixtureDenoiser(jnp.array([0.3, 0.7]), jnp.array([[0.0, 1.0], [2.0, 0.0]]), covs, labels=np.array([0, 1]))
 
 
 def network(prediction, **kwargs):
@@ -68,7 +69,7 @@ CASES = [
     Case("MixtureDenoiser", mixture, law, rtol=1e-4),
     Case(
         "EmpiricalDenoiser",
-        lambda: d.EmpiricalDenoiser(jr.normal(jr.key(0), (5, 2)), labels=jnp.array([0, 0, 1, 1, 1])),
+        lambda: d.EmpiricalDenoiser(jr.normal(jr.key(0), (5, 2)), labels=np.array([0, 0, 1, 1, 1])),
         law,
         rtol=1e-4,
     ),
