@@ -51,7 +51,7 @@ def test_sir_density_is_the_law_of_its_draws():
     for a, b in ((0, 0), (0, 1), (1, 0), (1, 1)):
         value = {"a": jnp.array(a), "b": jnp.array(b)}
         measure = sir(T, 3)
-        law.append(vi.exact(lambda m=measure, v=value: jnp.exp(vi.log_density(m, v)))())
+        law.append(jax.jit(vi.exact(lambda m=measure, v=value: jnp.exp(vi.log_density(m, v))))())
     np.testing.assert_allclose(law, (0.499757, 0.178793, 0.244526, 0.076925), atol=1e-6)
 
 
@@ -81,6 +81,7 @@ def chain_smc(size):
     return chain(2, y), vi.normalize(chain(2, y), vi.SMC(size, (first, second), (chain(1, y),)))
 
 
+@pytest.mark.slow
 def test_smc_evidence_is_unbiased_and_density_normalised():
     target, measure = chain_smc(2)
     states = [{"z0": jnp.array(i), "z1": jnp.array(j)} for i in (0, 1) for j in (0, 1)]
@@ -90,8 +91,8 @@ def test_smc_evidence_is_unbiased_and_density_normalised():
         value, log_q = vi.draw(measure)
         return jnp.exp(target.log_density(value) - log_q)
 
-    np.testing.assert_allclose(vi.exact(estimate)(), evidence, rtol=1e-12)
-    law = [vi.exact(lambda s=s: jnp.exp(vi.log_density(measure, s)))() for s in states]
+    np.testing.assert_allclose(jax.jit(vi.exact(estimate))(), evidence, rtol=1e-12)
+    law = [jax.jit(vi.exact(lambda s=s: jnp.exp(vi.log_density(measure, s))))() for s in states]
     np.testing.assert_allclose(sum(law), 1.0, atol=1e-12)
 
 
