@@ -40,7 +40,7 @@ shutil.copytree(
 nb_custom_formats = {".py": ["jupytext.reads", {"fmt": "py:percent"}]}
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
-nb_execution_timeout = 150  # a page takes at most a minute on two quiet cores
+nb_execution_timeout = 400  # per cell, for busy machines; a page takes at most a minute on two quiet cores
 nb_execution_show_tb = True
 nb_merge_streams = True
 nb_output_stderr = "remove"  # progress bars

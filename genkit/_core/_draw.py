@@ -12,10 +12,8 @@ from jaxtyping import Array, PyTree
 from ._draw_hooks import after_step, before_step
 from ._guidance import Context, Guidance, Hooks
 from ._runner import Runner, Tally
+from ._runner_static import Patterns
 from ._table import HISTORY, Table
-
-
-Patterns = tuple[tuple[bool, ...] | None, ...]
 
 
 class State(NamedTuple):

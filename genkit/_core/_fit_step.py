@@ -75,44 +75,6 @@ class _Carry(NamedTuple):
     fault: Array
 
 
-def start_state(model: PyTree, phases: tuple[Phase, ...], masks: tuple[PyTree[bool], ...], ema: bool) -> TrainState:
-    """The state before the first step; its arrays are copies, because compiled calls consume (donate) them."""
-    opt = tuple(phase.optimizer.init(eqx.filter(model, mask)) for phase, mask in zip(phases, masks, strict=True))
-    trained = jax.tree.map(lambda *marks: any(marks), *masks)
-    average = ema_start(model, trained) if ema else None
-    model = jax.tree.map(lambda leaf, strong: _own(leaf, strong=strong), model, trained)
-    opt, average = jax.tree.map(lambda leaf: _own(leaf, strong=True), (opt, average))
-    return TrainState(jnp.zeros((), jnp.int32), model, opt, average)
-
-
-def _own(leaf: Any, *, strong: bool) -> Any:
-    """A copy of an array. What steps change must be strongly typed, to come out of a step as it went in; other numbers
-    stay weakly typed if they are, lest they promote half precision.
-    """
-    if not isinstance(leaf, jax.Array):
-        return leaf
-    return jnp.array(leaf, dtype=leaf.dtype, copy=True) if strong else jnp.copy(leaf)
-
-
-class Leaves(NamedTuple):
-    """A tree taken apart for compiled calls: flattening modules at every call would cost more than small steps do."""
-
-    arrays: tuple[Any, ...]
-    form: "Form"
-
-    @classmethod
-    def of(cls, tree: PyTree) -> "Leaves":
-        """Take a tree apart; NumPy arrays go with the arrays."""
-        leaves, treedef = jax.tree.flatten(tree)
-        marks = [eqx.is_array(leaf) for leaf in leaves]
-        rest = tuple(None if mark else leaf for leaf, mark in zip(leaves, marks, strict=True))
-        return cls(tuple(leaf for leaf, mark in zip(leaves, marks, strict=True) if mark), Form(treedef, rest, marks))
-
-    def tree(self) -> PyTree:
-        """Put the tree together again."""
-        return self.form.tree(self.arrays)
-
-
 class Form:
     """All of a tree but its arrays: hashable, and quick to compare with itself."""
 
@@ -132,6 +94,48 @@ class Form:
         numbers = iter(arrays)
         leaves = [next(numbers) if mark else leaf for leaf, mark in zip(rest, marks, strict=True)]
         return jax.tree.unflatten(treedef, leaves)
+
+
+class Leaves(NamedTuple):
+    """A tree taken apart for compiled calls: flattening modules at every call would cost more than small steps do."""
+
+    arrays: tuple[Any, ...]
+    form: Form
+
+    @classmethod
+    def of(cls, tree: PyTree) -> "Leaves":
+        """Take a tree apart; NumPy arrays go with the arrays."""
+        leaves, treedef = jax.tree.flatten(tree)
+        marks = [eqx.is_array(leaf) for leaf in leaves]
+        rest = tuple(None if mark else leaf for leaf, mark in zip(leaves, marks, strict=True))
+        return cls(tuple(leaf for leaf, mark in zip(leaves, marks, strict=True) if mark), Form(treedef, rest, marks))
+
+    def tree(self) -> PyTree:
+        """Put the tree together again."""
+        return self.form.tree(self.arrays)
+
+
+def start_state(model: PyTree, phases: tuple[Phase, ...], masks: tuple[PyTree[bool], ...], ema: bool) -> TrainState:
+    """The state before the first step; its arrays are copies, because compiled calls consume (donate) them."""
+    arrays, rest = split(model)
+    given = Leaves.of((arrays, phases, masks, ema))
+    state = _first_state(given.form, given.arrays)
+    return TrainState(state.step, eqx.combine(state.model, rest), state.opt, state.ema)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _first_state(form: Form, given: Any) -> TrainState:
+    """The arrays of the first state: one program is quicker to compile and run than a hundred small ones."""
+    arrays, phases, masks, ema = form.tree(given)
+    opt = tuple(phase.optimizer.init(eqx.filter(arrays, mask)) for phase, mask in zip(phases, masks, strict=True))
+    trained = jax.tree.map(lambda *marks: any(marks), *masks)
+    average = ema_start(arrays, trained) if ema else None
+    # What steps change must be strongly typed, to come out of a step as it went in; other numbers stay weakly typed if
+    # they are, lest they promote half precision.
+    strong = lambda x: jnp.array(x, dtype=jnp.asarray(x).dtype, copy=True)
+    own = lambda mark, x: None if x is None else strong(x) if mark else jnp.copy(x)
+    model = jax.tree.map(own, trained, arrays)
+    return TrainState(jnp.zeros((), jnp.int32), model, *jax.tree.map(strong, (opt, average)))
 
 
 _compiled = functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)

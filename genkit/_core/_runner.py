@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ._checks import check, is_concrete
+from ._checks import check
 from ._denoiser import null_like
 from ._guidance import Context, Guidance, Prediction, Slot, same_evaluation
 
@@ -203,31 +203,6 @@ def each(fn: Callable, ctx: Context, *args: PyTree) -> Any:
 def at(ctx: Context, x: Array, cond: Any, key: Array) -> Context:
     """`ctx` with another state, condition and key."""
     return Context(x, ctx.sigma, ctx.sigma_start, ctx.sigma_next, ctx.step, ctx.num_steps, ctx.corrector, cond, key)
-
-
-def fixed_pattern(guidance: Guidance, ctx: Context, carry: PyTree) -> tuple[bool, ...]:
-    """What a guidance needs at a row, known on the host; for `plan="static"`.
-
-    Args:
-        guidance: its numbers must be concrete.
-        ctx: one draw (not a batch) whose noise levels and step are concrete; `x`, `cond` and `key` may be traced.
-        carry: carry of that draw; may be traced.
-
-    Returns:
-        One bool per distinct first-stage evaluation.
-
-    Raises:
-        ValueError: if the needs depend on more than noise levels and step.
-    """
-    with jax.ensure_compile_time_eval():
-        needs = guidance.plan(carry, ctx)
-    if not all(is_concrete(need) for need in needs.values()):
-        raise ValueError(
-            "`plan` must be 'dynamic' or 'compact' for a guidance whose needs depend on the draw or on its carry; got "
-            "'static', which asks for a plan that noise level and step decide."
-        )
-    groups = [group for group in merged(guidance.slots()) if not group[0].second_stage]
-    return tuple(any(bool(needs.get(slot.name, False)) for slot in group) for group in groups)
 
 
 def _predict(net: Callable, slot: Slot, x: Array, cond: Any, key: Array, ctx: Context) -> tuple[Array, Array | None]:

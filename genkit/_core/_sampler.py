@@ -11,10 +11,11 @@ import numpy as np
 from jaxtyping import Array, Inexact, Key
 
 from ._checks import check, check_choice, describe, is_concrete
-from ._draw import Draw, Patterns
+from ._draw import Draw
 from ._draws import Draws
-from ._guidance import Context, Guidance, Hooks, collect_hooks
-from ._runner import PLANS, Runner, Unguided, fixed_pattern
+from ._guidance import Guidance, Hooks, collect_hooks
+from ._runner import PLANS, Runner, Unguided
+from ._runner_static import Patterns, static_patterns
 from ._table import Table
 
 
@@ -59,6 +60,7 @@ class Sampler(AbstractSampler):
             that nothing recompiles. `"static"`: decided on the host from the grid, compiled once per pattern, without a
             branch. `"compact"`: also within a batch, by gathering the draws that need it.
         fuse: evaluate the condition and its absence in one concatenated call instead of one after the other.
+        patterns: which evaluations each row makes under a static plan; worked out from the grid if not given.
 
     Raises:
         ValueError: for an unknown plan.
@@ -130,25 +132,7 @@ class Sampler(AbstractSampler):
         """Which evaluations each row makes."""
         if self.patterns is not None:
             return self.patterns
-        table, found = self.table, []
-        numbers = (table.sigma, table.sigma_start, table.sigma_next, table.step, table.corrector, table.evaluate)
-        known = all(map(is_concrete, jax.tree.leaves((numbers, guidance))))
-        check(known, "plan", "'dynamic' or 'compact' inside your own `jit`", "'static' with a traced table or guidance")
-        columns = [np.asarray(column) for column in numbers]
-
-        def probe(x: Array, key: Array, cond: Any) -> Array:
-            carry = guidance.init(x)
-            for sigma, start, end, step, corrector, evaluate in zip(*columns, strict=True):
-                place = (sigma, start, end, step, columns[3][-1] + 1, corrector)
-                with jax.ensure_compile_time_eval():
-                    sigma, start, end, step, num_steps, corrector = map(jnp.asarray, place)
-                    ctx = Context(x, sigma, start, end, step, num_steps, corrector, cond, key)
-                found.append(fixed_pattern(guidance, ctx, carry) if evaluate else None)
-            return x
-
-        one = None if cond is None else jax.tree.map(lambda leaf: leaf[0], cond)
-        jax.eval_shape(probe, jax.ShapeDtypeStruct(shape, jnp.result_type(float)), jax.random.key(0), one)
-        return tuple(found)
+        return static_patterns(guidance, self.table, shape, cond)
 
 
 def as_sampler(sampler: Any) -> AbstractSampler:

@@ -37,6 +37,11 @@ class MatrixCost(AbstractCost):
 
     Args:
         matrix: costs `(n, m)`, finite.
+
+    Example:
+        >>> import genkit as gk
+        >>> gk.divergence.MatrixCost([[0.0, 1.0, 4.0], [1.0, 0.0, 1.0]]).shape
+        (2, 3)
     """
 
     matrix: Float[Array, " n m"] = eqx.field(converter=as_number)
@@ -66,6 +71,12 @@ class PointCost(AbstractCost):
     Args:
         x: sources `(n, d)`.
         y: targets `(m, d)`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import genkit as gk
+        >>> gk.divergence.PointCost(jnp.zeros((2, 3)), jnp.ones((4, 3))).shape
+        (2, 4)
     """
 
     x: Float[Array, " n d"]
@@ -149,6 +160,14 @@ def sinkhorn_potentials(
 
     Returns:
         A `SinkhornState`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import genkit as gk
+        >>> cost, half = gk.divergence.MatrixCost(jnp.array([[0.0, 1.0], [1.0, 0.0]])), jnp.log(jnp.full(2, 0.5))
+        >>> state = gk.divergence.sinkhorn_potentials(cost, half, half, 0.1)
+        >>> state.f.shape, bool(state.converged)
+        ((2,), True)
 
     Source: Peyre and Cuturi, "Computational Optimal Transport", 2019, remark 4.23 (log domain); Chizat et al., "Scaling
     Algorithms for Unbalanced Optimal Transport Problems", Mathematics of Computation 2018, section 4; Feydy et al.,
@@ -251,6 +270,15 @@ def transport_value(
 
     Returns:
         The value, a scalar.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import genkit as gk
+        >>> cost, half = gk.divergence.MatrixCost(jnp.array([[0.0, 1.0], [1.0, 0.0]])), jnp.log(jnp.full(2, 0.5))
+        >>> state = gk.divergence.sinkhorn_potentials(cost, half, half, 0.01)
+        >>> value = gk.divergence.transport_value(cost, half, half, 0.01, state)
+        >>> bool(jnp.abs(value - 0.01 * jnp.log(2.0)) < 1e-5)  # nothing moves; the entropy of the plan remains
+        True
 
     Source: Peyre and Cuturi, "Computational Optimal Transport", 2019, proposition 4.4 and section 9.1.
     """  # noqa: E501

@@ -17,6 +17,11 @@ class CFG(Guidance):
 
     Args:
         scale: guidance scale $w$, a scalar array.
+
+    Example:
+        >>> import genkit as gk
+        >>> [slot.name for slot in gk.guidance.CFG(2.0).slots()]
+        ['cond', 'uncond']
     """
 
     scale: Float[Array, ""] = eqx.field(converter=as_number)

@@ -21,6 +21,11 @@ class Interval(Guidance):
         guidance: what is applied inside.
         sigma_lo: lower end, excluded.
         sigma_hi: upper end, included.
+
+    Example:
+        >>> import genkit as gk
+        >>> float(gk.guidance.Interval(gk.guidance.cfg(2.0), 0.3, 5.0).sigma_hi)
+        5.0
     """
 
     guidance: Guidance

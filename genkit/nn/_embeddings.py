@@ -27,6 +27,13 @@ class ConditionEmbedding(eqx.Module):
         num_labels: number of classes, for labels as conditions.
         cond_size: length of the condition, for vectors as conditions (1 also takes scalars).
         key: typed PRNG key.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import genkit as gk
+        >>> embed = gk.nn.ConditionEmbedding(8, num_labels=3, key=jax.random.key(0))
+        >>> bool((embed(jnp.array(0.5), None) == embed(jnp.array(0.5), jnp.array(-1))).all())
+        True
     """
 
     time_in: eqx.nn.Linear

@@ -146,7 +146,9 @@ class _Conv(eqx.Module):
 
     def __init__(self, n_in: int, n_out: int, *, side: int = 3, key: Key[Array, ""]):
         limit = 1 / math.sqrt(n_in * side**2)
-        self.weight = jr.uniform(key, (side, side, n_in, n_out), minval=-limit, maxval=limit)
+        # Drawn as a matrix, because drawing four axes at once takes XLA several times as long to compile.
+        flat = jr.uniform(key, (side**2 * n_in, n_out), minval=-limit, maxval=limit)
+        self.weight = flat.reshape(side, side, n_in, n_out)
         self.bias = jnp.zeros(n_out)
 
     def __call__(self, x: Float[Array, " h w n_in"]) -> Float[Array, " h w n_out"]:

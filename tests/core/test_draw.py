@@ -222,7 +222,7 @@ def test_a_second_call_with_other_values_compiles_nothing(compilations):
     labels, other = jnp.array([0, 1, 2, 0, 1, 2]), jnp.array([2, 2, 1, 0, 0, -1])
     first, second = Gaussian(num_labels=3), Gaussian(EIGENVALUES + 1, num_labels=3)
     keys = jr.key(0), jr.key(1)
-    start, farther = jnp.ones((6, 4)), np.full((6, 4), 2.0, np.float32)
+    start, farther = jnp.ones((6, 4)), jnp.asarray(np.full((6, 4), 2.0, np.float32))
     gk.sample(gd.heun(GRID), first, 6, key=keys[0], cond=labels, x_init=start, batch_size=4)
     with compilations() as count:
         gk.sample(gd.heun(GRID * 1.5), second, 6, key=keys[1], cond=other, x_init=farther, batch_size=4)

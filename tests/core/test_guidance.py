@@ -59,7 +59,29 @@ class Blend(Guidance):
         return (preds["with"].x0 + other) / 2, carry + 1, {"evaluations": carry, "corrector": ctx.corrector}
 
 
+class Early(Guidance):
+    """The unconditional prediction in the first three evaluations, counted in the carry, then the conditional one."""
+
+    def slots(self):
+        return Slot("with"), Slot("without", cond="null")
+
+    def init(self, x):
+        return jnp.zeros((), jnp.int32)
+
+    def plan(self, carry, ctx):
+        return {"with": carry >= 3, "without": carry < 3}
+
+    def combine(self, preds, ctx, carry):
+        return jnp.where(preds["with"].present, preds["with"].x0, preds["without"].x0), carry + 1, {}
+
+
 # Counting and skipping.
+
+
+def test_needs_may_follow_the_carry():
+    calls = []
+    draws = draw(Early(), table=gd.ddim(GRID), calls=calls)
+    assert draws.nfe.tolist() == [5] * 4 and calls.count(-1) == 4 * 3 and len(calls) == 4 * 5
 
 
 def test_a_slot_is_evaluated_where_some_draw_needs_it():
@@ -138,6 +160,8 @@ def test_static_plan_with_idle_rows():
 def test_static_plan_refuses_needs_of_draws():
     with pytest.raises(ValueError, match="'dynamic' or 'compact'"):
         draw(Blend([0]), plan="static")
+    with pytest.raises(ValueError, match="on its carry"):
+        draw(Early(), plan="static")
     traced = jax.jit(lambda scale: draw(gk.guidance.cfg(scale), plan="static").value)
     with pytest.raises(ValueError, match="inside your own `jit`"):
         traced(jnp.asarray(2.0))

@@ -151,7 +151,7 @@ def test_sweeping_never_recompiles(compilations):
     second = [gg.interval(gg.cfg(2.0), *e) for e in ends]
     run(first[0]), run(second[0])
     with compilations() as count:
-        counts = [int(run(g).nfe[0]) for g in first + second]
+        counts = [np.asarray(run(g).nfe).tolist()[0] for g in first + second]
     assert count() == 0
     assert counts[:6] == [15, 15, 30, 30, 30, 30]
 

@@ -1,5 +1,7 @@
 """Networks: shapes, conditions, zero start, vectorization, wrong input."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -17,72 +19,82 @@ MAKE = {
     "DiT": lambda **kw: nn.DiT((1, 4, 4), width=16, depth=1, num_heads=2, **kw),
     "UNet": lambda **kw: nn.UNet((1, 4, 4), widths=(4, 8), num_heads=2, **kw),
 }
-each = pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
 
 
 def awake(net):
     """The network with every zero matrix replaced: what begins as zero would hide everything else."""
-    leaves, structure = jax.tree.flatten(net)
-    keys = jr.split(jr.key(7), len(leaves))
-    return jax.tree.unflatten(
-        structure, [leaf + 0.3 * jr.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    )
+    random = np.random.RandomState(7)
+    return jax.tree.map(lambda leaf: leaf + jnp.asarray(0.3 * random.randn(*leaf.shape), leaf.dtype), net)
+
+
+def program(net, x, t, cond):
+    """All that the tests look at, in one compilation: a batch, one example with and without a condition, a gradient."""
+    last = jax.tree.map(lambda leaf: leaf[-1], (x, t, cond))
+    slope = eqx.filter_grad(lambda net: jnp.sum(jax.vmap(net)(x, t, cond) ** 2))(net)
+    return jax.vmap(net)(x, t, cond), net(*last), net(last[0], last[1], None), slope
+
+
+TIMES = np.linspace(-1.6, 1.2, 15, dtype=np.float32)  # log(sigma) / 4 from sigma = 0.002 to 80, and times in [0, 1]
+
+
+@functools.cache
+def evaluated(name):
+    """The program on a network conditioned on three labels: the times, then all labels at one time, then none."""
+    net = MAKE[name](num_labels=3, key=jr.key(0))
+    t = jnp.concatenate([TIMES, jnp.full(4, 0.3)])
+    cond = jnp.concatenate([jnp.zeros(15, jnp.int32), jnp.array([0, 1, 2, -1])])
+    x = jnp.broadcast_to(jr.normal(jr.key(1), (1, 4, 4)), (19, 1, 4, 4))
+    run = eqx.filter_jit(program)
+    return net, run(net, x, t, cond), run(awake(net), x, t, cond)
+
+
+each = pytest.mark.parametrize("name", MAKE)
 
 
 @each
-def test_begins_at_zero_and_has_a_static_shape(make):
-    net = make(num_labels=3, key=jr.key(0))
+def test_begins_at_zero_and_has_a_static_shape(name):
+    net, (start, *_), (batch, *_) = evaluated(name)
     assert net.shape == (1, 4, 4) and net.num_labels == 3
-    x = jr.normal(jr.key(1), (1, 4, 4))
-    assert np.all(np.asarray(net(x, jnp.array(0.3), jnp.array(1))) == 0)
-    assert awake(net)(x, jnp.array(0.3), jnp.array(1)).shape == x.shape
+    assert np.all(np.asarray(start) == 0)
+    assert batch.shape == (19, 1, 4, 4) and np.all(np.isfinite(batch))
 
 
 @each
-def test_labels_and_their_absence(make):
-    net, x, t = awake(make(num_labels=3, key=jr.key(0))), jr.normal(jr.key(1), (1, 4, 4)), jnp.array(0.3)
-    run = eqx.filter_jit(lambda net, cond: net(x, t, cond))
-    outputs = [np.asarray(run(net, jnp.array(label))) for label in (0, 1, 2, -1)]
-    for i in range(4):
-        for j in range(i):
-            assert not np.allclose(outputs[i], outputs[j])
-    np.testing.assert_allclose(run(net, None), outputs[3], rtol=1e-5, atol=1e-6)
+def test_labels_and_their_absence(name):
+    _, _, (batch, one, none, _) = evaluated(name)
+    labelled = np.asarray(batch[15:])
+    gaps = np.abs(labelled[:, None] - labelled[None]).max((-1, -2, -3)) + np.eye(4)
+    assert gaps.min() > 1e-2
+    np.testing.assert_allclose(one, batch[-1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(none, batch[-1], rtol=1e-4, atol=1e-5)
 
 
 @each
-def test_vectors_and_their_absence(make):
-    net, x, t = awake(make(cond_size=2, key=jr.key(0))), jr.normal(jr.key(1), (1, 4, 4)), jnp.array(0.3)
-    assert net.num_labels is None
-    run = eqx.filter_jit(lambda net, cond: net(x, t, cond))
-    absent = run(net, jnp.array([jnp.nan, jnp.nan]))
-    assert np.all(np.isfinite(absent))
-    np.testing.assert_allclose(run(net, None), absent, rtol=1e-5, atol=1e-6)
-    assert not np.allclose(run(net, jnp.array([1.0, 2.0])), absent)
-    slope = eqx.filter_grad(lambda net: jnp.sum(net(x, t, jnp.array([jnp.nan, 1.0])) ** 2))(net)
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(slope))
-
-
-@each
-def test_a_batch_is_its_examples_and_everything_learns(make):
-    net = awake(make(num_labels=3, key=jr.key(0)))
-    x, t, cond = jr.normal(jr.key(1), (3, 1, 4, 4)), jnp.array([-1.5, 0.0, 1.1]), jnp.array([0, -1, 2])
-    together = eqx.filter_jit(lambda net, *batch: jax.vmap(net)(*batch))(net, x, t, cond)
-    one = eqx.filter_jit(net)
-    for i in range(3):
-        np.testing.assert_allclose(one(x[i], t[i], cond[i]), together[i], rtol=1e-4, atol=1e-5)
-    slope = eqx.filter_jit(eqx.filter_grad(lambda net: jnp.sum(jax.vmap(net)(x, t, cond) ** 2)))(net)
+def test_everything_learns(name):
+    _, _, (*_, slope) = evaluated(name)
     for path, leaf in jax.tree_util.tree_leaves_with_path(slope):
-        assert np.any(np.asarray(leaf) != 0), f"{jax.tree_util.keystr(path)} gets no gradient"
+        leaf = np.asarray(leaf)
+        assert np.all(np.isfinite(leaf)) and np.any(leaf != 0), f"{jax.tree_util.keystr(path)} gets no gradient"
 
 
 @each
-def test_time_matters_over_the_whole_range(make):
-    net, x = awake(make(key=jr.key(0))), jr.normal(jr.key(1), (1, 4, 4))
-    run = eqx.filter_jit(lambda t: net(x, t))
-    # log(sigma) / 4 from sigma = 0.002 to 80, and times in [0, 1]: neighbors differ, nothing is periodic.
-    outputs = np.stack([np.ravel(run(jnp.array(t))) for t in np.linspace(-1.6, 1.2, 15, dtype=np.float32)])
-    gaps = np.abs(outputs[:, None] - outputs[None]).max(-1) + np.eye(15)
+def test_times_are_told_apart_over_the_whole_range(name):
+    _, _, (batch, *_) = evaluated(name)
+    over = np.asarray(batch[:15])
+    gaps = np.abs(over[:, None] - over[None]).max((-1, -2, -3)) + np.eye(15)
     assert gaps.min() > 1e-3
+
+
+def test_vectors_and_their_absence():
+    net = awake(nn.MLP((2,), width=8, depth=1, cond_size=2, key=jr.key(0)))
+    assert net.num_labels is None
+    cond = jnp.array([[1.0, 2.0], [jnp.nan, 1.0], [jnp.nan, jnp.nan]])
+    batch, one, none, slope = eqx.filter_jit(program)(net, jnp.ones((3, 2)), jnp.full(3, 0.3), cond)
+    np.testing.assert_allclose(batch[1:], jnp.stack([one, none]), rtol=1e-5, atol=1e-6)
+    assert not np.allclose(batch[0], none)
+    assert all(np.all(np.isfinite(leaf)) and np.any(leaf != 0) for leaf in jax.tree.leaves(slope))
+    embed = nn.ConditionEmbedding(4, cond_size=1, key=jr.key(0))
+    np.testing.assert_allclose(embed(jnp.array(0.1), jnp.array(2.0)), embed(jnp.array(0.1), jnp.array([2.0])))
 
 
 def test_convolution_against_scipy():
@@ -105,19 +117,11 @@ def test_resolution_changes_are_inverse():
 
 
 def test_unet_variants():
-    for kwargs in ({"widths": (4,)}, {"widths": (4, 6, 8), "attention": False}, {"widths": (4, 8), "depth": 2}):
-        net = nn.UNet((3, 8, 4), **{"num_heads": 2, **kwargs}, key=jr.key(0))
-        assert eqx.filter_jit(awake(net))(jnp.ones((3, 8, 4)), jnp.array(0.1)).shape == (3, 8, 4)
-
-
-def test_shift_of_the_input_shifts_the_unet():
-    # Away from the border a U-Net without attention is equivariant to shifts by its coarsest step.
-    net = awake(nn.UNet((1, 16, 16), widths=(4, 4), attention=False, key=jr.key(0)))
-    x = jnp.zeros((1, 16, 16)).at[0, 7, 7].set(1.0)
-    run = eqx.filter_jit(lambda x: net(x, jnp.array(0.2)))
-    np.testing.assert_allclose(
-        jnp.roll(run(x), (2, 2), (1, 2))[:, 8:10, 8:10], run(jnp.roll(x, (2, 2), (1, 2)))[:, 8:10, 8:10], atol=1e-4
-    )
+    for kwargs in ({"widths": (4,)}, {"widths": (2, 4, 6), "attention": False, "depth": 2}):
+        net = nn.UNet((3, 8, 4), **kwargs, key=jr.key(0))
+        output = jax.eval_shape(lambda x, net=net: net(x, jnp.array(0.1)), jnp.ones((3, 8, 4)))
+        assert output.shape == (3, 8, 4)
+        assert (net.middle is None) == (not kwargs.get("attention", True))
 
 
 @pytest.mark.parametrize(
