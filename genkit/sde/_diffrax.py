@@ -51,12 +51,12 @@ def as_terms(sde: FractionalSDE, *, tolerance: float | None = None, key: Key[Arr
     # W runs on the unit clock: dW = dB / sqrt(horizon)
     clock = 1 / jnp.sqrt(sde.horizon)
 
-    def drift(t: Array, y: tuple, args: Any) -> tuple:
+    def drift(t: Any, y: tuple, args: Any) -> tuple:
         x, v = y
         pull = -rates * v
         return sde.drift(t, x) + sde.diffusion(t, x) * jnp.sum(pull, axis=-1), pull
 
-    def diffusion(t: Array, y: tuple, args: Any) -> tuple:
+    def diffusion(t: Any, y: tuple, args: Any) -> tuple:
         x, _ = y
         total = jnp.sum(driver.gain, axis=-1) + driver.direct
         loads = jnp.eye(d, dtype=sde.dtype)[:, None, :] * driver.gain[:, :, None]

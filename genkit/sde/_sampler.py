@@ -1,7 +1,7 @@
 """Paths of a trained model through `gk.sample` and the command line."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import equinox as eqx
 import jax
@@ -46,8 +46,9 @@ class PathSampler(AbstractSampler):
     ) -> Draws:
         """Draw one path per key, values (n, num_times, d); `x_init` (n, d) are initial states."""
         check(cond is None, "cond", "None: a path has no condition", cond)
-        sde = getattr(model, "sde", None)
-        check(isinstance(sde, FractionalSDE), "model", "a model with a FractionalSDE as `.sde`", model)
+        found = getattr(model, "sde", None)
+        check(isinstance(found, FractionalSDE), "model", "a model with a FractionalSDE as `.sde`", model)
+        sde = cast(FractionalSDE, found)
         ts = sde.horizon * jnp.arange(1, self.num_times + 1, dtype=sde.dtype) / self.num_times
 
         def one(key: Array, x0: Any) -> Array:

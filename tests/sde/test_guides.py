@@ -1,5 +1,7 @@
 """Guides: bridges, neural controls, learned indices, forecasts, latent models."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -69,11 +71,11 @@ def test_weights_of_a_perturbed_neural_guide_are_unbiased(linear):
     controls = jnp.array([0.4, 0.3])  # a push and a widening
     spreads = 0.2 * jnp.abs(jr.normal(jr.key(1), heads(guide)[1].shape))  # wider only: finite variance
     guide = eqx.tree_at(heads, guide, (controls, spreads))
-    kwargs = {"num_particles": 40_000, "steps_per_interval": 2}
-    draws = gs.log_weights(sde, guide, observed, key=jr.key(2), **kwargs)
+    weigh = functools.partial(gs.log_weights, sde, guide, observed, num_particles=40_000, steps_per_interval=2)
+    draws = weigh(key=jr.key(2))
     evidence = gs.kalman(sde, observed, steps_per_interval=2)
     stats.assert_mean(jnp.exp(draws - evidence), 1.0)
-    other = gs.log_weights(sde, guide, observed, martingale=False, key=jr.key(3), **kwargs)
+    other = weigh(martingale=False, key=jr.key(3))
     stats.assert_same_mean(draws, other)
 
 
