@@ -51,6 +51,7 @@ def test_bridge_table(theta):
         assert abs(float(x[:, 0, 0].mean())) < stats.z_score(4) * wanted / num**0.5
 
 
+@pytest.mark.slow
 def test_neural_guide_starts_as_the_linear_one():
     sde = bridge(1.0, 0.7, CHEAP)
     linear, neural = gs.LinearGuide(sde, END), gs.NeuralGuide(sde, END, width=8, key=jr.key(0))
@@ -60,7 +61,7 @@ def test_neural_guide_starts_as_the_linear_one():
     np.testing.assert_allclose(kl[1], kl[0], atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("linear", [True, False])
 def test_weights_of_a_perturbed_neural_guide_are_unbiased(linear):
     """E[w] = evidence whatever the networks return: all density ratios and Jacobians are right."""
