@@ -19,7 +19,7 @@ from jaxtyping import Array
 from genkit._core._checks import check
 
 from ._model import FractionalSDE
-from ._observed import Observed, gaussian_parts
+from ._observed import Observed, gaussian_parts, normal_parts
 from ._step import Driver, Step, advance, shape_noise
 
 
@@ -85,7 +85,7 @@ def observation_rows(sde: FractionalSDE, observed: Observed, x: Array, size: int
     """Whitened rows at each observation, linearised at states x (n, d), and the constant of their log-density."""
 
     def one(x: Array, y: Array, keep: Array) -> tuple[Rows, Array]:
-        root, matrix, offset = gaussian_parts(observed.likelihood, x)
+        root, matrix, offset = normal_parts(observed.likelihood, x)
         rows = root @ matrix
         check(y.size == root.shape[-1], "y", f"of {root.shape[-1]} entries a row, as the likelihood", f"{y.size}")
         target = root @ (jnp.ravel(y) - offset)

@@ -30,15 +30,18 @@ class Grid(eqx.Module):
 
 
 class StepTable(NamedTuple):
-    """Per distinct step, leading axis U; columns are the standard normals drawn for it (see `columns`)."""
+    """Per distinct step, leading axis U; columns are the standard normals drawn for it (see `columns`).
 
-    u: Array  # () length on the unit clock
-    loss: Array  # (K,) expm1(-gamma u)
-    mean: Array  # (K,) integral of exp(-gamma v) over the step
-    lag: Array  # (K,) u - mean
-    noise: Array  # (K, R) end value of the processes started at 0
-    brownian: Array  # (R,) increment of W
-    integral: Array  # (K, R) time integral of those processes
+    NumPy arrays when the steps and the horizon are known, so that they are never traced; else traced ones.
+    """
+
+    u: Any  # () length on the unit clock
+    loss: Any  # (K,) expm1(-gamma u)
+    mean: Any  # (K,) integral of exp(-gamma v) over the step
+    lag: Any  # (K,) u - mean
+    noise: Any  # (K, R) end value of the processes started at 0
+    brownian: Any  # (R,) increment of W
+    integral: Any  # (K, R) time integral of those processes
 
 
 class Noises(eqx.Module):

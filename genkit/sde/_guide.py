@@ -171,13 +171,17 @@ def _plan(
     slots = np.asarray(seen)
     num_normals = sde.dim * driver.num_normals
     offset, noise = start_map(sde, driver)
-    result, constant = None, jnp.zeros((), sde.dtype)
-    for _ in range(num_iterations):
-        z, eps = _reference(sde, driver, steps, offset, noise, num_normals, result)
+
+    def refine(law: Backward | None) -> tuple[Backward, Array]:
+        z, eps = _reference(sde, driver, steps, offset, noise, num_normals, law)
         maps = linearise(sde, driver, steps, z[:-1], eps)
         x = z[slots][:, : sde.dim]
         rows, constant = observation_rows(sde, observed, x, offset.shape[0])
-        result = backward(maps, *place_rows(rows, slots, grid.num_steps), offset, noise)
+        return backward(maps, *place_rows(rows, slots, grid.num_steps), offset, noise), constant
+
+    result, constant = refine(None)
+    for _ in range(num_iterations - 1):
+        result, constant = refine(result)
     return result.log_evidence + constant, Plan(result.start, result.steps)
 
 

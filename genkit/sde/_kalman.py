@@ -17,7 +17,7 @@ from genkit.noise import fbm_covariance, fou_covariance
 from ._filter import Maps, backward, linearise, observation_rows, place_rows, require_gaussian, start_map
 from ._grid import Grid, Noises, make_grid, make_table
 from ._model import FractionalSDE
-from ._observed import Observed, gaussian_parts
+from ._observed import Observed, gaussian_parts, normal_parts
 from ._step import affine_parts, check_affine, make_driver, make_steps
 
 
@@ -154,7 +154,7 @@ def _gp(hurst: Any, observed: Observed, theta: Any, sigma: Any, kind: str) -> Ar
     dtype = jnp.result_type(float, jnp.asarray(hurst), jnp.asarray(theta), jnp.asarray(sigma), y)
     n = y.shape[0]
     d = max(jnp.size(hurst), jnp.size(theta), jnp.size(sigma), y[0].size)
-    root, matrix, offset = gaussian_parts(observed.likelihood, jnp.zeros(d, dtype))
+    root, matrix, offset = normal_parts(observed.likelihood, jnp.zeros(d, dtype))
     ts = jnp.asarray(observed.ts, dtype)
 
     def kernel(hurst: Array, theta: Array, sigma: Array) -> Array:

@@ -133,6 +133,14 @@ def gaussian_parts(likelihood: Callable, x: Array) -> tuple[Array, Array, Array]
     return root.astype(x.dtype), matrix.astype(x.dtype), (mean(x) - matrix @ x).astype(x.dtype)
 
 
+def normal_parts(likelihood: Callable, x: Array) -> tuple[Array, Array, Array]:
+    """`gaussian_parts` of a likelihood already known to be normal."""
+    parts = gaussian_parts(likelihood, x)
+    if parts is None:
+        raise ValueError("`likelihood` must be normal at every state; got another law at some.")
+    return parts
+
+
 def _base(law: dist.Distribution) -> Any:
     while isinstance(law, dist.Independent):
         law = law.base_dist

@@ -77,7 +77,7 @@ def _block_sizes(num_steps: int) -> tuple[int, int, int]:
     return (num_steps // size, size, num_steps % size)
 
 
-def initial_state(run: Run, guide: AbstractGuide | None, plan: Plan | None, x0: Array | None, key: Array) -> tuple:
+def initial_state(run: Run, guide: AbstractGuide | None, plan: Any, x0: Array | None, key: Array) -> tuple:
     """State at time 0 with the log-weight and divergence of its draw."""
     sde, driver = run.sde, run.driver
     key_past, key_x0 = jr.split(key)
@@ -165,7 +165,7 @@ def _free_step(run: Run, carry: tuple, step: Step, noise: Any) -> tuple:
     return (x, v, weight, kl), x
 
 
-def _guided_step(run: Run, guide: AbstractGuide, carry: tuple, step: Step, white: Array, plan: Any) -> tuple:
+def _guided_step(run: Run, guide: AbstractGuide | Any, carry: tuple, step: Step, white: Array, plan: Any) -> tuple:
     x, v, weight, kl = carry
     eps, ratio, divergence = guide.draw(run.sde, run.driver, plan, step, x, v, white.ravel())
     noise = shape_noise(run.driver, step, eps.reshape(white.shape))

@@ -90,7 +90,8 @@ def _varying_driver(sde: FractionalSDE, grid: Grid, table: StepTable, columns: t
         return (sde.horizon**hurst)[:, None] * jnp.concatenate(rows, axis=-1)
 
     t, h = jnp.asarray(grid.t, sde.dtype), jnp.asarray(grid.h, sde.dtype)
-    alpha = tuple(jax.vmap(weights)(s).astype(sde.dtype) for s in (t, t + h / 2, t + h))
+    at = lambda s: jax.vmap(weights)(s).astype(sde.dtype)
+    alpha = (at(t), at(t + h / 2), at(t + h))
     gain = jnp.concatenate([jnp.ones((d, k)), jnp.zeros((d, r))], axis=-1).astype(sde.dtype)
     start = jnp.concatenate([jnp.zeros((k, r)), jnp.eye(r)]).astype(sde.dtype)
     # The history's coordinates stand still: no loss, integral u, no noise.

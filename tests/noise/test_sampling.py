@@ -79,4 +79,5 @@ def test_as_path_drives_diffrax():
         diffrax.ODETerm(lambda t, y, args: jnp.zeros(2)), diffrax.ControlTerm(lambda t, y, args: jnp.eye(2), path)
     )
     out = diffrax.diffeqsolve(terms, diffrax.Euler(), 0.0, 1.0, 1 / 16, jnp.zeros(2))
+    assert out.ys is not None
     np.testing.assert_allclose(out.ys[-1], path.evaluate(0.0, 1.0), rtol=1e-4, atol=1e-5)

@@ -71,7 +71,12 @@ def test_published_lift_has_its_published_error():
 
 @pytest.mark.parametrize(
     ("name", "step", "substeps", "bound"),
-    [("a", "path_mean", 1, 1e-5), ("c", "exact", 1, 1e-5), ("c", "path_mean", 4, 0.07), ("c", "exponential", 4, 0.05)],
+    [
+        ("a", "path_mean", 1, 1e-5),
+        ("c", "exact", 1, 1e-5),
+        pytest.param("c", "path_mean", 4, 0.07, marks=pytest.mark.slow),
+        pytest.param("c", "exponential", 4, 0.05, marks=pytest.mark.slow),
+    ],
 )
 def test_linear_guide_attains_the_evidence(name, step, substeps, bound):
     observed = series(name)[0]
@@ -93,7 +98,7 @@ def test_closed_form_divergence_has_the_same_mean():
     stats.assert_mean(draws, float(guide.log_evidence))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_gradients_in_every_parameter():
     observed = series("c")[0]
 
@@ -125,7 +130,17 @@ def test_missing_rows_are_rows_left_out():
     sde = model("c", 0.3, "exact")
     np.testing.assert_allclose(gs.kalman(sde, masked), gs.kalman(sde, fewer), atol=1e-10)
     evidence = [gs.gp_log_evidence(0.3, o, theta=1.5, sigma=0.7) for o in (masked, fewer)]
-    np.testing.assert_allclose(*evidence, atol=1e-10)
+    np.testing.assert_allclose(evidence[0], evidence[1], atol=1e-10)
+
+
+@pytest.mark.slow
+def test_the_bound_and_its_slope_skip_missing_rows():
+    full = series("c")[0]
+    keep = np.array([True, False, True, True, False, True, False])
+    y = np.where(keep, np.asarray(full.y)[:, 0], np.nan)
+    masked = gs.Observed(full.ts, y, full.likelihood, mask=keep)
+    fewer = gs.Observed(full.ts[keep], y[keep], full.likelihood)
+    sde = model("c", 0.3, "exact")
     guide = gs.LinearGuide(sde, masked)
     value, slope = jax.value_and_grad(lambda s: gs.elbo(s, guide, masked, key=jax.random.key(0)), allow_int=True)(sde)
     np.testing.assert_allclose(value, gs.kalman(sde, fewer), atol=1e-9)
@@ -146,6 +161,7 @@ def test_the_clock_may_run_at_any_speed():
     np.testing.assert_allclose(values[2], values[0], rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_float32_is_within_a_thousandth():
     for name in ("a", "c"):
         for hurst in (0.1, 0.3, 0.7, 0.9):
