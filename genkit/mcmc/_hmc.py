@@ -151,7 +151,8 @@ def _run(kernel: Any, method: Any, problem: Problem, key: Any) -> Posterior:
         progress_bar=False,
     )
     extra = ("diverging", "num_steps", "accept_prob")
-    chains.run(key_run, *problem.args, extra_fields=extra, **problem.kwargs)
+    with jax.debug_key_reuse(False):  # numpyro's own initialization uses one key twice
+        chains.run(key_run, *problem.args, extra_fields=extra, **problem.kwargs)
     samples = chains.get_samples(group_by_chain=True)
     fields = chains.get_extra_fields(group_by_chain=True)
     latent = {name: value for name, value in samples.items() if name in chains.last_state.z}
