@@ -34,6 +34,7 @@ def to_arviz(posterior: Any) -> Any:
         "observed_data": {name: np.asarray(value) for name, value in posterior.observed.items()},
     }
     groups = {name: group for name, group in groups.items() if group}
+    data: Any
     if int(az.__version__.split(".")[0]) >= 1:
         data = az.from_dict(groups)
     else:

@@ -7,7 +7,7 @@ import equinox as eqx
 import numpy as np
 from jaxtyping import Array, Key, PyTree
 
-from ._checks import check, check_key
+from ._checks import check_key
 from ._infer_psis import pareto_smooth
 from ._objective import Problem
 
@@ -28,6 +28,13 @@ class Posterior(eqx.Module):
         guide: the fitted guide.
         evidence: (lower, upper) estimates bracketing the log evidence.
         attrs: short facts for the record.
+
+    Example:
+        >>> import numpy as np
+        >>> import genkit as gk
+        >>> samples, log_p, log_q = {"x": np.zeros(2)}, np.array([-1.0, -2.0]), np.array([-1.5, -2.0])
+        >>> gk.Posterior(samples, log_p, ("draw",), log_q=log_q).log_weights
+        array([0.5, 0. ])
     """
 
     samples: dict[str, Any]
@@ -66,7 +73,10 @@ class Posterior(eqx.Module):
             ValueError: for Markov chains, which need none.
         """
         weights = self.log_weights
-        check(weights is not None, "posterior", "made of draws from a guide", "Markov chains")
+        if weights is None:
+            raise ValueError(
+                "`posterior` must be made of draws from a guide; got Markov chains, which need no weights."
+            )
         return np.exp(pareto_smooth(weights)[0])
 
     def to_arviz(self) -> Any:

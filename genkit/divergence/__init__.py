@@ -1,8 +1,8 @@
 """Distances between samples, and how good samples are."""
 
 from ._f_base import FDivergence as FDivergence, from_f as from_f, from_weight as from_weight
+from ._f_family import Alpha as Alpha, TotalVariation as TotalVariation
 from ._f_table import (
-    Alpha as Alpha,
     ForwardKL as ForwardKL,
     Jeffreys as Jeffreys,
     JensenShannon as JensenShannon,
@@ -13,7 +13,6 @@ from ._f_table import (
     SoftenedForwardKL as SoftenedForwardKL,
     SoftenedReverseKL as SoftenedReverseKL,
     SquaredHellinger as SquaredHellinger,
-    TotalVariation as TotalVariation,
 )
 from ._kernels import cauchy_schwarz as cauchy_schwarz, energy_distance as energy_distance, mmd as mmd
 from ._quality import nearest_distance_ratio as nearest_distance_ratio, precision_recall as precision_recall

@@ -218,6 +218,12 @@ def from_f(f: Callable) -> FDivergence:
 
     Raises:
         ValueError: from `weight`, for a piecewise linear f.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from genkit import divergence
+        >>> round(float(divergence.from_f(lambda r: (r - 1) ** 2).phi(jnp.log(3.0))), 4)
+        4.0
     """
     return _FromF(f)
 
@@ -262,5 +268,11 @@ def from_weight(h: Callable, *, num_nodes: int = 32) -> FDivergence:
 
     Returns:
         The divergence.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from genkit import divergence
+        >>> round(float(divergence.from_weight(jnp.exp).reward(jnp.log(3.0))), 4)
+        2.0
     """
     return _FromWeight(h, num_nodes)

@@ -26,6 +26,16 @@ class NUTS(eqx.Module):
         max_tree_depth: at most `2 ** max_tree_depth` leapfrog steps per draw.
         dense_mass: adapt a full mass matrix.
 
+    Example:
+        >>> import jax, numpyro, numpyro.distributions as dist
+        >>> import genkit as gk
+        >>> def model(y):
+        ...     x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+        ...     numpyro.sample("y", dist.Normal(x, 0.5), obs=y)
+        >>> method = gk.mcmc.NUTS(20, 20, num_chains=2)
+        >>> gk.infer(gk.Problem(model, (1.0,)), method, key=jax.random.key(0)).samples["x"].shape
+        (2, 20)
+
     Source: Hoffman & Gelman, "The No-U-Turn Sampler", JMLR 15 (2014); numpyro's implementation.
     """
 
@@ -73,6 +83,16 @@ class HMC(eqx.Module):
         num_chains: chains, run together in one vectorised program.
         trajectory_length: integration time per draw, positive.
         target_accept: acceptance probability the step size is tuned to, in (0, 1).
+
+    Example:
+        >>> import jax, numpyro, numpyro.distributions as dist
+        >>> import genkit as gk
+        >>> def model(y):
+        ...     x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+        ...     numpyro.sample("y", dist.Normal(x, 0.5), obs=y)
+        >>> method = gk.mcmc.HMC(20, 20, num_chains=2, trajectory_length=1.0)
+        >>> gk.infer(gk.Problem(model, (1.0,)), method, key=jax.random.key(0)).samples["x"].shape
+        (2, 20)
 
     Source: Neal, "MCMC using Hamiltonian dynamics", Handbook of MCMC (2011); numpyro's implementation.
     """
@@ -131,7 +151,8 @@ def _run(kernel: Any, method: Any, problem: Problem, key: Any) -> Posterior:
         progress_bar=False,
     )
     extra = ("diverging", "num_steps", "accept_prob")
-    chains.run(key_run, *problem.args, extra_fields=extra, **problem.kwargs)
+    with jax.debug_key_reuse(False):  # numpyro's own initialization uses one key twice
+        chains.run(key_run, *problem.args, extra_fields=extra, **problem.kwargs)
     samples = chains.get_samples(group_by_chain=True)
     fields = chains.get_extra_fields(group_by_chain=True)
     latent = {name: value for name, value in samples.items() if name in chains.last_state.z}

@@ -1,4 +1,4 @@
-"""Branches that may hold sites."""
+"""Branches that may hold sites, and numpyro's own control flow answered with ours."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from jaxtyping import Array, PyTree, Shaped
 from numpyro.primitives import _PYRO_STACK as _NUMPYRO_STACK
 
 from .._core._checks import describe
-from ._control import _body, _looped, _Out
+from ._control import _body, _looped, _Out, scan
 from ._frame import (
     current_frame,
     is_exact,
@@ -34,6 +34,13 @@ def cond(pred: Shaped[Array, ""] | bool, true_fn: Callable, false_fn: Callable, 
 
     Raises:
         TypeError: if the branches return different structures.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> fn = lambda p: vi.cond(vi.sample("b", dist.Bernoulli(p)) == 1, lambda: 3.0, lambda: 1.0)
+        >>> round(float(vi.E(fn)(0.3, key=jax.random.key(0))), 4)
+        1.6
     """
     run = current_run()
     if run is None and current_frame() is None:
@@ -120,3 +127,16 @@ def _pad(pair: tuple[Any, _Out], union: _Out) -> tuple[Any, _Out]:
         else:
             full[part] = out[part] if out.get(part) is not None else zeros(shape)
     return result, full
+
+
+def numpyro_control_flow(msg: dict) -> None:
+    """Answer numpyro's own `scan` and `cond` with ours."""
+    from numpyro.ops.pytree import PytreeTrace
+
+    if msg["fn"].__name__ == "scan_wrapper":
+        f, init, xs, length, reverse = msg["args"]
+        carry, ys = scan(f, init, xs, length, reverse=reverse)
+        msg["value"] = ((length, None, carry), (PytreeTrace({}), ys))
+    else:
+        pred, true_fn, false_fn, operand = msg["args"]
+        msg["value"] = (cond(pred, true_fn, false_fn, operand), PytreeTrace({}))

@@ -23,6 +23,14 @@ class NumpyroGuide(eqx.Module):
         guide: the guide function or AutoGuide.
         unconstrained: parameters in unconstrained coordinates.
         transforms: bijections to their constraints.
+
+    Example:
+        >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> law = lambda: numpyro.sample("x", dist.Normal(numpyro.param("loc", 0.0), 1.0))
+        >>> guide = vi.NumpyroGuide(law, {"loc": jnp.array(0.5)}, {"loc": dist.transforms.IdentityTransform()})
+        >>> float(guide.params["loc"])
+        0.5
     """
 
     guide: Callable = eqx.field(static=True)
@@ -61,6 +69,13 @@ def from_numpyro(guide: Callable, *args: Any, key: Key[Array, ""], **kwargs: Any
 
     Raises:
         TypeError: if `guide` is not callable.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> law = lambda: numpyro.sample("x", dist.Normal(numpyro.param("loc", jnp.array(0.5)), 1.0))
+        >>> float(vi.from_numpyro(law, key=jax.random.key(0)).params["loc"])
+        0.5
     """
     if not callable(guide):
         raise TypeError(f"`guide` must be a numpyro guide; got {describe(guide)}.")
@@ -86,6 +101,14 @@ def to_numpyro(guide: Guide) -> Callable:
 
     Raises:
         TypeError: if `guide` is no automatic guide.
+
+    Example:
+        >>> import numpyro, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> guide = vi.mean_field(lambda: numpyro.sample("x", dist.Gamma(2.0, 1.0)))
+        >>> run = numpyro.handlers.seed(vi.to_numpyro(guide), 0)
+        >>> sorted(numpyro.handlers.trace(run).get_trace())
+        ['_genkit_latent', 'x']
     """
     if not isinstance(guide, Guide):
         raise TypeError(f"`guide` must be an automatic guide of gk.vi; got {describe(guide)}.")
@@ -105,6 +128,13 @@ class NumpyroObjective(ELBO):
     Args:
         objective: a function `(p, q) -> scalar` to maximize.
         num_particles: independent estimates averaged.
+
+    Example:
+        >>> import jax, numpyro, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> model = lambda: numpyro.sample("x", dist.Normal(0.0, 1.0))
+        >>> abs(float(vi.NumpyroObjective(vi.elbo).loss(jax.random.key(0), {}, model, model)))
+        0.0
     """
 
     can_infer_discrete = True

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import PyTree
 from numpyro.primitives import _PYRO_STACK as _NUMPYRO_STACK
 
@@ -127,7 +128,7 @@ def _merge(out: _Out, static: dict, scope: str) -> None:
 
 
 def _has_tracer(tree: Any) -> bool:
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def looped_apart(kind: str, lane: Callable[[Any], Any], size: int, plate: str | None = None) -> tuple[Any, Any]:
@@ -174,6 +175,7 @@ def _looped(kind: str, execute: Callable[[Any, dict], tuple[Any, _Out]]) -> Any:
     """Run a loop inside the current frame: remember its result, or replay it for its alternatives."""
     frame, run = current_frame(), current_run()
     if frame is None:
+        assert run is not None  # callers outside both went to JAX's own loops
         static: dict = {}
         key = None if run.key is None else fold_name(run.key, f"{kind}{len(run.record.sites)}")
         result, out = execute(key, static)
@@ -277,6 +279,14 @@ def scan(
 
     Raises:
         ValueError: if neither `xs` nor `length` says the number of steps.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> step = lambda m: lambda total, _: (total + vi.sample("x", dist.Normal(m, 1.0)), None)
+        >>> fn = lambda m: vi.scan(step(m), jnp.zeros(()), None, length=3)[0]
+        >>> float(jax.grad(lambda m: vi.E(fn)(m, key=jax.random.key(0)))(0.0))
+        3.0
     """
     sizes = {np.shape(leaf)[0] for leaf in jax.tree.leaves(xs)}
     if length is not None:
@@ -334,6 +344,14 @@ def vmap(f: Callable, in_axes: int | tuple | None = 0) -> Callable:
 
     Raises:
         ValueError: if no argument is mapped or sizes differ.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> lane = lambda m: lambda w: w * vi.sample("x", dist.Normal(m, 1.0))
+        >>> fn = lambda m: jnp.sum(vi.vmap(lane(m))(jnp.arange(3.0)))
+        >>> float(jax.grad(lambda m: vi.E(fn)(m, key=jax.random.key(0)))(0.0))
+        3.0
     """
 
     def mapped(*args: Any) -> Any:
@@ -349,8 +367,8 @@ def vmap(f: Callable, in_axes: int | tuple | None = 0) -> Callable:
         size = sizes.pop()
 
         def lane(items: list) -> Any:
-            items = iter(items)
-            return f(*[m if ax is None else next(items) for m, ax in zip(moved, axes, strict=True)])
+            rest = iter(items)
+            return f(*[m if ax is None else next(rest) for m, ax in zip(moved, axes, strict=True)])
 
         return _vmap_lanes(lane, mapped_args, size)
 
@@ -376,18 +394,3 @@ def _vmap_lanes(lane: Callable, items: Any, size: int) -> Any:
         return many(one, (np.arange(size), items, sliced))
 
     return _looped("vmap", execute)
-
-
-def numpyro_control_flow(msg: dict) -> None:
-    """Answer numpyro's own `scan` and `cond` with ours."""
-    from numpyro.ops.pytree import PytreeTrace
-
-    if msg["fn"].__name__ == "scan_wrapper":
-        f, init, xs, length, reverse = msg["args"]
-        carry, ys = scan(f, init, xs, length, reverse=reverse)
-        msg["value"] = ((length, None, carry), (PytreeTrace({}), ys))
-    else:
-        from ._branch import cond  # the two files need each other; numpyro's message decides at run time
-
-        pred, true_fn, false_fn, operand = msg["args"]
-        msg["value"] = (cond(pred, true_fn, false_fn, operand), PytreeTrace({}))

@@ -107,8 +107,9 @@ def decide(frame: Frame, address: str, law: dist.Distribution, named: Strategy |
         strategy, reason = default_strategy(frame, law)
     if not isinstance(strategy, Strategy):
         raise TypeError(f"`grad` at site {address!r} must be a gk.vi.Strategy; got {describe(strategy)}.")
-    if hasattr(strategy, "check"):
-        strategy.check(law, address)
+    refuse_unsuited = getattr(strategy, "check", None)
+    if refuse_unsuited is not None:
+        refuse_unsuited(law, address)
     log = _DECISIONS.get()
     if log is not None:
         log[address] = Decision(address, kind(law), strategy, reason, is_finite(law))

@@ -40,6 +40,12 @@ class Plateau(eqx.Module):
         window: steps per half.
         z: standard errors an improvement must exceed to count.
         patience: how often in a row.
+
+    Example:
+        >>> import numpy as np
+        >>> from genkit import vi
+        >>> vi.Plateau(window=2).flat(np.array([0.0, 1.0, 0.0, 1.0]))
+        True
     """
 
     window: int = eqx.field(static=True, default=500)
@@ -81,6 +87,16 @@ class Fit(eqx.Module):
         num_samples: draws of the fitted guide.
         num_particles: independent estimates averaged per step.
         stop: a `Plateau` rule, or None to run all steps.
+
+    Example:
+        >>> import jax, numpyro, numpyro.distributions as dist
+        >>> import genkit as gk
+        >>> def model(y):
+        ...     x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+        ...     numpyro.sample("y", dist.Normal(x, 0.5), obs=y)
+        >>> method = gk.vi.Fit("fullrank", num_steps=100, num_samples=50)
+        >>> gk.infer(gk.Problem(model, (1.0,)), method, key=jax.random.key(0)).samples["x"].shape
+        (50,)
     """
 
     guide: Any = "meanfield"

@@ -78,6 +78,14 @@ class Guide(Measure):
     Args:
         base: the law on R^d.
         layout: where the sites are.
+
+    Example:
+        >>> import jax, numpyro, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> model = lambda: numpyro.sample("x", dist.Gamma(2.0, 1.0))
+        >>> guide = vi.mean_field(model)
+        >>> sorted(guide.sample(key=jax.random.key(0))[0])
+        ['x']
     """
 
     base: AbstractBase
@@ -203,11 +211,24 @@ def mean_field(model: Any, *args: Any, init_scale: float = 0.1, **kwargs: Any) -
     Raises:
         ValueError: for a model with discrete latent sites.
 
+    Example:
+        >>> import jax, numpyro, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> model = lambda: numpyro.sample("x", dist.Gamma(2.0, 1.0))
+        >>> guide = vi.mean_field(model)
+        >>> sorted(guide.sample(key=jax.random.key(0))[0])
+        ['x']
+
     Source: Kucukelbir et al., "Automatic Differentiation Variational Inference", JMLR 18 (2017), section 2.4.
     """
+    return Guide(*_diagonal(model, args, kwargs, init_scale))
+
+
+def _diagonal(model: Any, args: tuple, kwargs: dict, init_scale: float) -> tuple[DiagonalNormal, Layout]:
+    """The base that every automatic guide starts from, and the layout of the model's sites."""
     check_positive("init_scale", init_scale)
     layout, start = layout_of(model, *args, **kwargs)
-    return Guide(DiagonalNormal(start, jnp.full(start.shape, math.log(init_scale), start.dtype)), layout)
+    return DiagonalNormal(start, jnp.full(start.shape, math.log(init_scale), start.dtype)), layout
 
 
 def full_rank(model: Any, *args: Any, init_scale: float = 0.1, **kwargs: Any) -> Guide:
@@ -221,10 +242,17 @@ def full_rank(model: Any, *args: Any, init_scale: float = 0.1, **kwargs: Any) ->
 
     Returns:
         The guide.
+
+    Example:
+        >>> import jax, numpyro, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> model = lambda: numpyro.sample("x", dist.Gamma(2.0, 1.0))
+        >>> guide = vi.full_rank(model)
+        >>> sorted(guide.sample(key=jax.random.key(0))[0])
+        ['x']
     """
-    guide = mean_field(model, *args, init_scale=init_scale, **kwargs)
-    base = guide.base
-    return Guide(FullNormal(base.loc, base.log_scale, jnp.zeros((base.loc.size,) * 2, base.loc.dtype)), guide.layout)
+    base, layout = _diagonal(model, args, kwargs, init_scale)
+    return Guide(FullNormal(base.loc, base.log_scale, jnp.zeros((base.loc.size,) * 2, base.loc.dtype)), layout)
 
 
 def low_rank(model: Any, *args: Any, rank: int | None = None, init_scale: float = 0.1, **kwargs: Any) -> Guide:
@@ -239,13 +267,21 @@ def low_rank(model: Any, *args: Any, rank: int | None = None, init_scale: float 
 
     Returns:
         The guide.
+
+    Example:
+        >>> import jax, numpyro, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> model = lambda: numpyro.sample("x", dist.Gamma(2.0, 1.0))
+        >>> guide = vi.low_rank(model, rank=1)
+        >>> sorted(guide.sample(key=jax.random.key(0))[0])
+        ['x']
     """
-    guide = mean_field(model, *args, init_scale=init_scale, **kwargs)
-    base, dim = guide.base, guide.layout.dim
+    base, layout = _diagonal(model, args, kwargs, init_scale)
+    dim = layout.dim
     rank = math.ceil(math.sqrt(dim)) if rank is None else rank
     check_count("rank", rank)
     factor = 0.1 * init_scale * jr.normal(jr.key(0), (dim, rank), base.loc.dtype)
-    return Guide(LowRankNormal(base.loc, base.log_scale, factor), guide.layout)
+    return Guide(LowRankNormal(base.loc, base.log_scale, factor), layout)
 
 
 def flow_guide(
@@ -268,11 +304,21 @@ def flow_guide(
 
     Raises:
         ValueError: for a single latent coordinate, which a coupling cannot bend.
+
+    Example:
+        >>> import jax, numpyro, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> def model():
+        ...     x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+        ...     numpyro.sample("y", dist.Normal(x**2, 1.0))
+        >>> guide = vi.flow_guide(model, key=jax.random.key(0), num_layers=2)
+        >>> sorted(guide.sample(key=jax.random.key(1))[0])
+        ['x', 'y']
     """
     check_key(key)
     check_count("num_layers", num_layers)
-    guide = mean_field(model, *args, init_scale=init_scale, **kwargs)
-    dim = guide.layout.dim
+    base, layout = _diagonal(model, args, kwargs, init_scale)
+    dim = layout.dim
     check(dim >= 2, "model", "of at least two latent coordinates for a flow guide", str(dim), "Use mean_field.")
     layers = []
     for index in range(num_layers):
@@ -282,4 +328,4 @@ def flow_guide(
         net = eqx.nn.MLP(kept, 2 * (dim - kept), width, 2, jax.nn.gelu, key=jr.fold_in(key, index))
         net = eqx.tree_at(lambda n: (n.layers[-1].weight, n.layers[-1].bias), net, replace_fn=jnp.zeros_like)
         layers.append(Coupling(net, flip, dim))
-    return Guide(CouplingFlow(guide.base, tuple(layers)), guide.layout)
+    return Guide(CouplingFlow(base, tuple(layers)), layout)

@@ -21,6 +21,13 @@ class ProgramObjective(Objective):
         fn: the function, run under `E` with the step's key.
         sense: +1 to maximize, -1 to minimize.
         max_paths: as for `E`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from genkit import vi
+        >>> loss, _ = vi.ProgramObjective(jnp.multiply, 1)(jnp.array(2.0), jnp.array(3.0), key=jax.random.key(0))
+        >>> float(loss)
+        -6.0
     """
 
     fn: Callable
@@ -95,6 +102,13 @@ def minimize(fn: Callable, *, max_paths: int = 4096) -> ProgramObjective:
 
     Raises:
         TypeError: if `fn` is not callable.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from genkit import vi
+        >>> loss, _ = vi.minimize(jnp.multiply)(jnp.array(2.0), jnp.array(3.0), key=jax.random.key(0))
+        >>> float(loss)
+        6.0
     """
     if not callable(fn):
         raise TypeError(f"`fn` must be callable; got {describe(fn)}.")

@@ -22,6 +22,13 @@ class Enum(Strategy):
 
     The support is the joint one of all lanes of the site: $K^L$ outcomes. Inside `gk.vi.scan`, `vmap` and `cond` the
     joint sum over steps is out of reach and each lane is enumerated in turn (see `Lanes`).
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> cost = lambda p: 1.0 + 2.0 * vi.sample("b", dist.Bernoulli(p), grad=vi.Enum())
+        >>> round(float(jax.grad(vi.exact(cost))(0.3)), 5)
+        2.0
     """
 
     def __call__(
@@ -47,6 +54,13 @@ class RLOO(Strategy):
 
     Args:
         num_samples: number of runs, at least 2.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> cost = lambda p: 1.0 + 2.0 * vi.sample("b", dist.Bernoulli(p), grad=vi.RLOO(2))
+        >>> round(float(jax.grad(vi.exact(cost))(0.3)), 5)
+        2.0
 
     Source: Kool, van Hoof & Welling, "Buy 4 REINFORCE Samples, Get a Baseline for Free!", 2019, equation 6.
     """
@@ -145,6 +159,13 @@ class Lanes(AbstractAlternatives):
     Args:
         second_order: differentiate the alternatives too (costlier).
 
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> cost = lambda p: 1.0 + 2.0 * vi.sample("b", dist.Bernoulli(p), grad=vi.Lanes())
+        >>> round(float(jax.grad(vi.exact(cost))(0.3)), 5)
+        2.0
+
     Source: Titsias & Lazaro-Gredilla, "Local Expectation Gradients", NeurIPS 2015, equation 6.
     """
 
@@ -171,6 +192,13 @@ class DisARM(Strategy):
 
     With $u$ uniform, $b = 1[u > \sigma(-\eta)]$ and $\tilde b = 1[1-u > \sigma(-\eta)]$, the gradient in the logits is
     $\tfrac12 (k(b) - k(\tilde b))\,(-1)^{\tilde b}\,1[b \ne \tilde b]\,\sigma(|\eta|)$. First-order only.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> cost = lambda p: 1.0 + 2.0 * vi.sample("b", dist.Bernoulli(p), grad=vi.DisARM())
+        >>> round(float(jax.grad(vi.exact(cost))(0.3)), 5)
+        2.0
 
     Source: Dong, Mnih & Tucker, "DisARM: An Antithetic Gradient Estimator for Binary Latent Variables", NeurIPS 2020,
     equation 8.

@@ -187,6 +187,15 @@ def marginal(measure: Program, keep: str | Sequence[str], algorithm: SIR) -> Mar
     Raises:
         TypeError: if `algorithm` is not `SIR` or `measure` is not a program.
 
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> joint = vi.program(lambda: vi.sample("x", dist.Normal(vi.sample("u", dist.Normal(0.0, 1.0)), 1.0)))
+        >>> helper = vi.program(lambda x: vi.sample("u", dist.Normal(x / 2, 0.5**0.5)))  # the exact law of u given x
+        >>> measure = vi.marginal(joint(), "x", vi.SIR(1, lambda kept: helper(kept["x"])))
+        >>> round(float(measure.log_density({"x": 0.5}, key=jax.random.key(0))), 4)  # Normal(0, sqrt 2)
+        -1.328
+
     Source: Sobolev & Vetrov, "Importance Weighted Hierarchical Variational Inference", NeurIPS 2019, equation 4.
     """
     if not isinstance(measure, Program):
@@ -209,6 +218,17 @@ def normalize(measure: Measure, algorithm: SIR | SMC) -> Normalized:
     Raises:
         TypeError: if `algorithm` is neither.
 
+    Example:
+        >>> import jax, numpyro, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> def model(y):
+        ...     x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+        ...     numpyro.sample("y", dist.Normal(x, 0.5), obs=y)
+        >>> proposal = vi.program(lambda: vi.sample("x", dist.Normal(0.8, 0.2**0.5)))()
+        >>> posterior = vi.normalize(vi.program(model)(1.0), vi.SIR(4, proposal))
+        >>> round(float(posterior.log_density({"x": 0.8}, key=jax.random.key(0))), 4)
+        -0.1142
+
     Source: Lew et al., "Probabilistic Programming with Stochastic Probabilities", PLDI 2023, section 4; Cusumano-Towner
     & Mansinghka, "AIDE", NeurIPS 2017.
     """
@@ -229,6 +249,13 @@ def flow(base: Any, bijector: Any) -> Flow:
 
     Raises:
         TypeError: if `bijector` lacks what is needed.
+
+    Example:
+        >>> import numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> log_normal = vi.flow(dist.Normal(0.0, 1.0), dist.transforms.ExpTransform())
+        >>> round(float(log_normal.log_density(1.0)), 4)
+        -0.9189
     """
     if not (callable(bijector) and hasattr(bijector, "log_abs_det_jacobian")):
         raise TypeError(f"`bijector` must be a numpyro transform; got {describe(bijector)}.")

@@ -46,6 +46,17 @@ def elbo(
         RuntimeError: outside `E`.
         ValueError: if sites or supports of model and guide do not match, or an option does not apply.
 
+    Example:
+        >>> import jax, numpyro, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> def model(y):
+        ...     x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+        ...     numpyro.sample("y", dist.Normal(x, 0.5), obs=y)
+        >>> p = vi.program(model)(1.0)
+        >>> q = vi.program(lambda: vi.sample("x", dist.Normal(0.8, 0.2**0.5)))()  # the exact posterior
+        >>> round(float(vi.E(lambda: vi.elbo(p, q))(key=jax.random.key(0))), 4)
+        -1.4305
+
     Source: Roeder, Wu & Duvenaud, "Sticking the Landing", NeurIPS 2017; dependency structure after Schulman et al.,
     "Gradient Estimation Using Stochastic Computation Graphs", NeurIPS 2015, theorem 1.
     """
@@ -152,6 +163,17 @@ def iwelbo(p: Any, q: Any, num_particles: int, estimator: str = "auto", plate: s
         RuntimeError: outside `E`.
         ValueError: for unsuitable sites, or for subsampling without `plate`.
 
+    Example:
+        >>> import jax, numpyro, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> def model(y):
+        ...     x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+        ...     numpyro.sample("y", dist.Normal(x, 0.5), obs=y)
+        >>> p = vi.program(model)(1.0)
+        >>> q = vi.program(lambda: vi.sample("x", dist.Normal(0.8, 0.2**0.5)))()  # the exact posterior
+        >>> round(float(vi.E(lambda: vi.iwelbo(p, q, 3))(key=jax.random.key(0))), 4)
+        -1.4305
+
     Source: Burda, Grosse & Salakhutdinov, ICLR 2016; VIMCO: Mnih & Rezende, ICML 2016, equations 10-11; DReG: Tucker
     et al., ICLR 2019, equation 8.
     """
@@ -180,6 +202,17 @@ def renyi(
     Returns:
         A scalar estimate of the bound.
 
+    Example:
+        >>> import jax, numpyro, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> def model(y):
+        ...     x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+        ...     numpyro.sample("y", dist.Normal(x, 0.5), obs=y)
+        >>> p = vi.program(model)(1.0)
+        >>> q = vi.program(lambda: vi.sample("x", dist.Normal(0.8, 0.2**0.5)))()  # the exact posterior
+        >>> round(float(vi.E(lambda: vi.renyi(p, q, 0.5, 3))(key=jax.random.key(0))), 4)
+        -1.4305
+
     Source: Li & Turner, "Renyi Divergence Variational Inference", NeurIPS 2016, equations 6 and 9.
     """
     check_count("num_particles", num_particles)
@@ -202,6 +235,17 @@ def cubo(p: Any, q: Any, n: float, num_particles: int) -> Float[Array, ""]:
 
     Returns:
         A scalar estimate of the bound.
+
+    Example:
+        >>> import jax, numpyro, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> def model(y):
+        ...     x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+        ...     numpyro.sample("y", dist.Normal(x, 0.5), obs=y)
+        >>> p = vi.program(model)(1.0)
+        >>> q = vi.program(lambda: vi.sample("x", dist.Normal(0.8, 0.2**0.5)))()  # the exact posterior
+        >>> round(float(vi.E(lambda: vi.cubo(p, q, 2.0, 3))(key=jax.random.key(0))), 4)
+        -1.4305
 
     Source: Dieng et al., "Variational Inference via chi Upper Bound Minimization", NeurIPS 2017, equation 4.
     """

@@ -162,6 +162,8 @@ def _resample(frame: Frame, algorithm: SMC, values: Any, log_p: Any, log_w: Any,
 def _extend(target: Any, proposal: Any, values: Any, log_before: Any, size: int, retained: Any) -> tuple:
     """Draw the new sites of every particle and weigh."""
     start = 0 if retained is None else 1
+    frame = current_frame()
+    assert frame is not None  # callers are inside `frame_for`
     rows = []
     if retained is not None:
         old = jax.tree.map(lambda x: x[0], values)
@@ -176,6 +178,7 @@ def _extend(target: Any, proposal: Any, values: Any, log_before: Any, size: int,
         rest = particles(lane, size - start)
         rows.append(rest)
     elif size > start:
+        assert log_before is not None  # there is a step before
 
         def numbered(index: Any) -> Any:
             old = jax.tree.map(lambda x: x[index + start], values)
@@ -183,7 +186,7 @@ def _extend(target: Any, proposal: Any, values: Any, log_before: Any, size: int,
 
         rest, scores = looped_apart("particles", numbered, size - start)
         if scores is not None:
-            current_frame().scores.append(Score("particles", jnp.sum(scores), ()))
+            frame.scores.append(Score("particles", jnp.sum(scores), ()))
         rows.append(rest)
     if retained is None:
         return rows[0]

@@ -35,6 +35,13 @@ def sample(name: str, distribution: dist.Distribution, obs: Any = None, grad: St
     Raises:
         RuntimeError: outside `E`, a program and any numpyro handler.
         ValueError: if an observed site is given a strategy.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> fn = lambda p: 2.0 * vi.sample("b", dist.Bernoulli(p), grad=vi.Enum())
+        >>> round(float(vi.E(fn)(0.3, key=jax.random.key(0))), 4)
+        0.6
     """
     if not _NUMPYRO_STACK and obs is None:
         raise RuntimeError(
@@ -62,6 +69,15 @@ class Program(Measure):
         params: values of `numpyro.param` sites (constrained); others take their initial value.
         data: sites to observe on top of those the program observes itself.
         strategies: pairs (glob, strategy) that override the sites' own.
+
+    Example:
+        >>> import numpyro, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> def model(y):
+        ...     x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+        ...     numpyro.sample("y", dist.Normal(x, 0.5), obs=y)
+        >>> round(float(vi.Program(model, (1.0,)).log_density({"x": 0.5})), 4)
+        -1.7697
     """
 
     fn: Callable
@@ -190,6 +206,14 @@ def with_grad(measure: Program | Callable, strategies: Mapping[str, Strategy]) -
 
     Raises:
         TypeError: if a value is not a strategy or `measure` is not a program.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> coin = vi.program(lambda p: vi.sample("b", dist.Bernoulli(p)))
+        >>> scored = vi.with_grad(coin, {"b": vi.Score()})
+        >>> [type(d.strategy).__name__ for d in vi.explain(lambda: vi.draw(scored(0.3))[1], key=jax.random.key(0))]
+        ['Score']
     """
     for name, strategy in strategies.items():
         if not isinstance(strategy, Strategy):
@@ -220,6 +244,16 @@ def condition(measure: Program, values: Mapping[str, Any]) -> Program:
 
     Raises:
         TypeError: if `measure` is not a program.
+
+    Example:
+        >>> import numpyro, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> def model():
+        ...     x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+        ...     numpyro.sample("y", dist.Normal(x, 0.5))
+        >>> posterior = vi.condition(vi.program(model)(), {"y": 1.0})
+        >>> round(float(posterior.log_density({"x": 0.5})), 4)
+        -1.7697
     """
     if not isinstance(measure, Program):
         raise TypeError(f"`program` must be made by gk.vi.program; got {describe(measure)}.")
@@ -292,6 +326,12 @@ def draw(measure: Any) -> tuple[Any, Float[Array, ""]]:
 
     Raises:
         RuntimeError: outside `E`.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> round(float(vi.E(lambda: 2.0 * vi.draw(dist.Bernoulli(0.3))[0])(key=jax.random.key(0))), 4)
+        0.6
     """
     value, log_density, _ = simulate(measure)
     return value, log_density
@@ -306,5 +346,11 @@ def log_density(measure: Any, value: Any) -> Float[Array, ""]:
 
     Returns:
         The log-density, or for nested measures the log of an unbiased estimate of the density.
+
+    Example:
+        >>> import numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> round(float(vi.log_density(dist.Normal(0.0, 1.0), 0.0)), 4)
+        -0.9189
     """
     return weigh(measure, value)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jax.core import Tracer
 
 from .._core._checks import check, check_count, check_key
 from ._expectation import _INJECTION, Decision, E, logging_decisions, overriding
@@ -28,6 +29,13 @@ def explain(fn: Callable, *args: Any, key: Any) -> list[Decision]:
 
     Returns:
         One record per site: address, law, strategy, reason, and whether its support is finite.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> fn = lambda p: 2.0 * vi.sample("b", dist.Bernoulli(p))
+        >>> [(d.address, type(d.strategy).__name__) for d in vi.explain(fn, 0.3, key=jax.random.key(0))]
+        [('b', 'Enum')]
     """
     check_key(key)
     with logging_decisions() as log:
@@ -81,6 +89,14 @@ def variance_report(fn: Callable, *args: Any, key: Any, num_samples: int = 256) 
 
     Raises:
         ValueError: if `args` hold no floating array.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> fn = lambda p: 2.0 * vi.sample("b", dist.Bernoulli(p))
+        >>> report = vi.variance_report(fn, 0.3, key=jax.random.key(0), num_samples=8)
+        >>> report.rows[0].variance  # summed over the support: no variance
+        0.0
     """
     check_key(key)
     check_count("num_samples", num_samples, 2)
@@ -137,6 +153,13 @@ def debug(fn: Callable) -> Callable:
 
     Raises:
         ValueError: from the call, if the result depends nonlinearly on an estimate.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> mean = lambda p: vi.E(lambda: 1.0 + vi.sample("b", dist.Bernoulli(p)))(key=jax.random.key(0))
+        >>> round(float(vi.debug(lambda p: 2.0 * mean(p))(0.3)), 4)
+        2.6
     """
 
     def checked(*args: Any, **kwargs: Any) -> Any:
@@ -166,7 +189,7 @@ def debug(fn: Callable) -> Callable:
                     "An estimate made by `E` must enter the objective linearly; it is used nonlinearly (log, square, "
                     "exp, ...). Move the nonlinear function inside, or let one `E` surround the whole."
                 )
-                if isinstance(bad, jax.core.Tracer):
+                if isinstance(bad, Tracer):
                     value = eqx.error_if(value, jnp.any(bad), message)
                 elif bool(jnp.any(bad)):
                     raise ValueError(message)

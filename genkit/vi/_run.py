@@ -176,6 +176,7 @@ class Run(Messenger):
                 "observation needs a density: wrap the model, `gk.vi.program(model)(*args)`, and use an objective."
             )
         if msg["value"] is None:
+            assert self.frame is not None  # this mode is that of `E`
             plates = tuple(msg["cond_indep_stack"])
             msg["value"], _ = draw_site(self.frame, msg["name"], msg["fn"], named, plates)
 
@@ -249,7 +250,7 @@ class Run(Messenger):
         self.record.deterministic[msg["name"]] = msg["value"]
 
     def _control_flow(self, msg: dict) -> None:
-        from ._control import numpyro_control_flow
+        from ._branch import numpyro_control_flow
 
         numpyro_control_flow(msg)
 

@@ -102,6 +102,13 @@ class Reparam(AbstractLocalStrategy):
 
     Needs a law with a reparametrised sampler, and a program that is continuous in the drawn value.
 
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> fn = lambda m: vi.sample("x", dist.Normal(m, 1.0), grad=vi.Reparam())
+        >>> float(jax.grad(lambda m: vi.E(fn)(m, key=jax.random.key(0)))(0.5))
+        1.0
+
     Source: Kingma & Welling, "Auto-Encoding Variational Bayes", ICLR 2014, section 2.4.
     """
 
@@ -117,7 +124,15 @@ class Reparam(AbstractLocalStrategy):
 
 
 class Detach(AbstractLocalStrategy):
-    """Draw without any gradient through this site: what wake phases do. Deliberately drops a term."""
+    """Draw without any gradient through this site: what wake phases do. Deliberately drops a term.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> fn = lambda m: vi.sample("x", dist.Normal(m, 1.0), grad=vi.Detach())
+        >>> float(jax.grad(lambda m: vi.E(fn)(m, key=jax.random.key(0)))(0.5))
+        0.0
+    """
 
     unbiased: ClassVar[bool] = False
 
@@ -136,6 +151,12 @@ class Moving(eqx.Module):
     Args:
         value: the current baseline.
         decay: beta, in [0, 1).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from genkit import vi
+        >>> round(float(vi.Moving(0.0, 0.9).update(jnp.array(10.0))()), 4)
+        1.0
     """
 
     value: Float[Array, ""] = eqx.field(converter=jnp.asarray, default=0.0)
@@ -170,6 +191,12 @@ class Learned(eqx.Module):
     Args:
         net: a callable pytree.
         inputs: what it is called with.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from genkit import vi
+        >>> float(vi.Learned(lambda x: 2.0 * x, (jnp.array(3.0),))())
+        6.0
     """
 
     net: Callable
@@ -187,6 +214,13 @@ class Score(AbstractLocalStrategy):
 
     Args:
         baseline: None, a number or array, a `Moving` average, or a `Learned` module.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> cost = lambda p: 1.0 + 2.0 * vi.sample("b", dist.Bernoulli(p), grad=vi.Score(baseline=2.0))
+        >>> round(float(jax.grad(vi.exact(cost))(0.3)), 5)
+        2.0
 
     Source: Williams, Machine Learning 8 (1992); any-order form: Foerster et al., "DiCE", ICML 2018, equation 5.
     """
@@ -206,6 +240,13 @@ class Importance(AbstractLocalStrategy):
     Args:
         proposal: a numpyro law with the support of the site, or a function of the site's law returning one. Its own
             parameters receive no gradient.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> cost = lambda p: 1.0 + 2.0 * vi.sample("b", dist.Bernoulli(p), grad=vi.Importance(dist.Bernoulli(0.5)))
+        >>> round(float(jax.grad(vi.exact(cost))(0.3)), 5)
+        2.0
     """
 
     proposal: Any
@@ -227,6 +268,15 @@ class Implicit(AbstractLocalStrategy):
     $\partial v / \partial\theta = -\partial_\theta F(v;\theta) / q(v)$; for a vector mixture with independent
     components, the same with the autoregressive conditional distribution functions. Serves laws without a
     differentiable sampler but with a `cdf`, in particular mixtures. First-order only.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> parts = lambda m: dist.Normal(m + jnp.array([0.0, 3.0]), 1.0)
+        >>> law = lambda m: dist.MixtureSameFamily(dist.Categorical(probs=jnp.array([0.4, 0.6])), parts(m))
+        >>> fn = lambda m: vi.sample("x", law(m), grad=vi.Implicit())
+        >>> round(float(jax.grad(lambda m: vi.E(fn)(m, key=jax.random.key(0)))(0.5)), 4)
+        1.0
 
     Source: Figurnov, Mohamed & Mnih, "Implicit Reparameterization Gradients", NeurIPS 2018, equations 5 and 9.
     """
@@ -288,6 +338,13 @@ class Relaxed(AbstractLocalStrategy):
 
     Args:
         temperature: positive.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> fn = lambda p: vi.sample("b", dist.Bernoulli(p), grad=vi.Relaxed(0.5))
+        >>> 0 < float(vi.E(fn)(0.3, key=jax.random.key(0))) < 1
+        True
 
     Source: Maddison, Mnih & Teh, "The Concrete Distribution", ICLR 2017, appendix B.
     """

@@ -24,6 +24,14 @@ def forward_kl(p: Any, q: Any) -> Float[Array, ""]:
 
     Returns:
         A scalar estimate.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> coin = vi.program(lambda prob: vi.sample("b", dist.Bernoulli(prob)))
+        >>> fn = lambda: vi.forward_kl(coin(0.3), coin(0.5))
+        >>> round(float(vi.E(fn)(key=jax.random.key(0))), 4)
+        0.0823
     """
     require_frame("forward_kl")
     value, log_p, _ = simulate(p)
@@ -43,6 +51,14 @@ def f_divergence(p: Any, q: Any, divergence: Any) -> Float[Array, ""]:
 
     Raises:
         TypeError: if `divergence` has no `phi`.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from genkit import divergence, vi
+        >>> coin = vi.program(lambda prob: vi.sample("b", dist.Bernoulli(prob)))
+        >>> fn = lambda: vi.f_divergence(coin(0.3), coin(0.5), divergence.ForwardKL())
+        >>> round(float(vi.E(fn)(key=jax.random.key(0))), 4)
+        0.0823
     """
     require_frame("f_divergence")
     if not hasattr(divergence, "phi"):
@@ -79,6 +95,14 @@ def wake_q(p: Any, q: Any, num_particles: int) -> Float[Array, ""]:
     Returns:
         A scalar whose gradient reaches `q` only.
 
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> coin = vi.program(lambda prob: vi.sample("b", dist.Bernoulli(prob)))
+        >>> fn = lambda: vi.wake_q(coin(0.3), coin(0.5), 2)
+        >>> round(float(vi.E(fn)(key=jax.random.key(0))), 4)
+        -0.6931
+
     Source: Bornschein & Bengio, "Reweighted Wake-Sleep", ICLR 2015, equation 8.
     """
     weights, _, log_q = _detached(p, q, num_particles)
@@ -96,6 +120,14 @@ def wake_p(p: Any, q: Any, num_particles: int) -> Float[Array, ""]:
     Returns:
         A scalar whose gradient reaches `p` only.
 
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> coin = vi.program(lambda prob: vi.sample("b", dist.Bernoulli(prob)))
+        >>> fn = lambda: vi.wake_p(coin(0.5), coin(0.3), 2)
+        >>> round(float(vi.E(fn)(key=jax.random.key(0))), 4)
+        -0.6931
+
     Source: Bornschein & Bengio, "Reweighted Wake-Sleep", ICLR 2015, equation 6.
     """
     weights, log_p, _ = _detached(p, q, num_particles)
@@ -111,6 +143,14 @@ def sleep(p: Any, q: Any) -> Float[Array, ""]:
 
     Returns:
         A scalar whose gradient reaches `q` only.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from genkit import vi
+        >>> coin = vi.program(lambda prob: vi.sample("b", dist.Bernoulli(prob)))
+        >>> fn = lambda: vi.sleep(coin(0.3), coin(0.5))
+        >>> round(float(vi.E(fn)(key=jax.random.key(0))), 4)
+        -0.6931
 
     Source: Hinton, Dayan, Frey & Neal, "The wake-sleep algorithm", Science 268 (1995).
     """

@@ -127,7 +127,7 @@ def test_keys_and_places():
     with pytest.raises(ValueError, match="continuous"):
         vi.exact(lambda: vi.sample("x", dist.Normal(0.0, 1.0)))()
     with pytest.raises(TypeError, match="Strategy"):
-        vi.with_grad(vi.program(g1_model), {"a": "enum"})
+        vi.with_grad(vi.program(g1_model), {"a": "enum"})  # pyright: ignore[reportArgumentType]
 
 
 def test_subsampled_bounds_need_their_plate():
