@@ -59,6 +59,12 @@ def riccati(
 
     Returns:
         S, shape (..., d, d).
+
+    Example:
+        >>> import jax.numpy as jnp, genkit as gk
+        >>> scale = gk.bridge.riccati(jnp.eye(2), 2.0 * jnp.eye(2), 1.0)  # s^2 + s = 2
+        >>> bool(jnp.allclose(scale, jnp.eye(2), atol=1e-5))
+        True
     """
     root = _symmetric(jnp.sqrt, cov0)
     unroot = _symmetric(lambda s: 1.0 / jnp.sqrt(s), cov0)
@@ -199,6 +205,13 @@ class MixturePair(eqx.Module):
         source: weights (I,), means (I, d) and covariances (I, d, d) of hatphi at t = 0.
         target: weights (J,), means (J, d) and covariances (J, d, d) of phi at t = 1.
         bridge: the Schrödinger bridge between the two end laws.
+
+    Example:
+        >>> import jax.numpy as jnp, genkit as gk
+        >>> one = (jnp.ones(1), jnp.zeros((1, 2)), jnp.ones((1, 2)))
+        >>> pair = gk.bridge.mixture_pair(one, one, 1.0)
+        >>> print(pair.marginal(0.5).mean)
+        [0. 0.]
     """
 
     source: tuple[Float[Array, " i"], Float[Array, " i d"], Float[Array, " i d d"]]

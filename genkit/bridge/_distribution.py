@@ -6,7 +6,7 @@ import numpyro.distributions as dist
 from jaxtyping import Array, ArrayLike, Float, Key, Real
 from numpyro.distributions import constraints
 
-from genkit._core._checks import check
+from genkit._core._checks import check, is_concrete
 
 from ._bridge import Bridge, check_times
 
@@ -22,6 +22,15 @@ class BridgeDistribution(dist.Distribution):
 
     Raises:
         ValueError: if source and bridge differ in dimension, or the times do not start at 0.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, genkit as gk
+        >>> from numpyro.distributions import Normal
+        >>> bridge = gk.bridge.gaussian(jnp.zeros(2), jnp.ones(2), jnp.ones(2), jnp.ones(2), 0.5)
+        >>> source = Normal(jnp.zeros(2), 1.0).to_event(1)
+        >>> law = gk.bridge.BridgeDistribution(bridge, source, jnp.array([0.0, 0.5, 1.0]))
+        >>> law.log_prob(law.sample(jax.random.key(0), (4,))).shape
+        (4,)
     """
 
     pytree_data_fields = ("bridge", "source", "ts")
@@ -42,7 +51,7 @@ class BridgeDistribution(dist.Distribution):
             "Use `.to_event(1)`.",
         )
         check_times(ts, strict=True)
-        if not isinstance(ts, jax.core.Tracer):
+        if is_concrete(ts):
             check(float(jnp.asarray(ts)[0]) == 0.0, "ts", "a grid that starts at 0, where `source` holds", f"{ts}")
         self.bridge, self.source, self.ts = bridge, source, jnp.asarray(ts)
         super().__init__((), (self.ts.shape[0], bridge.dim), validate_args=validate_args)

@@ -107,6 +107,7 @@ def run_adam(potential, data, objective, optimizer_args, guard_points, key, *, n
     mask = trainable(potential)
     params, rest = eqx.partition(potential, mask)
     period = max(1, num_steps // 40)
+    guard0, guard1 = guard_points
 
     def step(carry, index):
         params, opt_state, revived = carry
@@ -120,7 +121,7 @@ def run_adam(potential, data, objective, optimizer_args, guard_points, key, *, n
 
             def look(args):
                 params, opt_state, revived = args
-                new, opt_state, dead = _revive(eqx.combine(params, rest), opt_state, *guard_points, key_guard)
+                new, opt_state, dead = _revive(eqx.combine(params, rest), opt_state, guard0, guard1, key_guard)
                 return eqx.partition(new, mask)[0], opt_state, revived + dead
 
             # Not near the end: what is revived must have time to settle.

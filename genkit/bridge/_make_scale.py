@@ -19,6 +19,12 @@ def eigen_from_dense(matrices: Float[Array, " k d d"]) -> Eigen:
 
     Raises:
         ValueError: if a concrete matrix is not positive definite.
+
+    Example:
+        >>> import jax.numpy as jnp, genkit as gk
+        >>> matrix = jnp.array([[[2.0, 1.0], [1.0, 2.0]]])
+        >>> bool(jnp.allclose(gk.bridge.eigen_from_dense(matrix).dense(2), matrix, atol=1e-5))
+        True
     """
     values, vectors = jnp.linalg.eigh(matrices)
     if is_concrete(values):

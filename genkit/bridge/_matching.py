@@ -178,6 +178,14 @@ class NeuralBridge(AbstractBridge):
         half_score: `half_score(t, x)`, epsilon / 2 times the score, for one point.
         epsilon: variance of the reference at t = 1.
         substeps: Euler-Maruyama steps between two times of a grid.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, genkit as gk
+        >>> bridge = gk.bridge.NeuralBridge(lambda t, x: jnp.ones_like(x), lambda t, x: jnp.zeros_like(x), 0.5, 4)
+        >>> print(bridge.drift(0.5, jnp.zeros(2)))
+        [1. 1.]
+        >>> bridge.sample(jnp.zeros((3, 2)), jnp.array([0.5, 1.0]), key=jax.random.key(0)).shape
+        (3, 2, 2)
     """
 
     flow: Callable[..., Any]
@@ -322,6 +330,13 @@ def sf2m(
     Raises:
         ValueError: if epsilon is not positive or the ends differ in dimension.
         NonFiniteError: if the training diverges.
+
+    Example:
+        >>> import jax, genkit as gk
+        >>> x = jax.random.normal(jax.random.key(0), (100, 2))
+        >>> bridge, loss = gk.bridge.sf2m(x, x + 1.0, 0.5, num_steps=3, batch_size=16, key=jax.random.key(1))
+        >>> bridge.drift(0.5, x).shape, loss.shape
+        ((100, 2), (3,))
 
     Source: Tong et al., "Simulation-free Schrödinger bridges via score and flow matching", AISTATS 2024, equation 9.
     """

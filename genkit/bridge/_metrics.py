@@ -34,6 +34,11 @@ def bw2_uvp(
     Returns:
         A scalar in percent.
 
+    Example:
+        >>> import jax.numpy as jnp, genkit as gk
+        >>> print(gk.bridge.bw2_uvp(jnp.ones(2), jnp.eye(2), jnp.zeros(2), jnp.eye(2), 2.0))
+        100.0
+
     Source: Gushchin et al., "Building the bridge of Schrödinger", NeurIPS 2023, section 5.
     """
     mean, cov, true_mean, true_cov = (jnp.asarray(part) for part in (mean, cov, true_mean, true_cov))
@@ -78,6 +83,14 @@ def cbw2_uvp(
     Returns:
         A scalar in percent.
 
+    Example:
+        >>> import jax, jax.numpy as jnp, genkit as gk
+        >>> one = (jnp.ones(1), jnp.zeros((1, 2)), jnp.ones((1, 2)))
+        >>> pair = gk.bridge.mixture_pair(one, one, 0.5)
+        >>> x0, x1 = pair.sample(50, key=jax.random.key(0))
+        >>> bool(gk.bridge.cbw2_uvp(pair.bridge, pair.bridge, x0, x1) < 1e-3)
+        True
+
     Source: Gushchin et al., "Building the bridge of Schrödinger", NeurIPS 2023, section 5.
     """
     check_shape("x0", x0, (None, bridge.dim))
@@ -105,6 +118,14 @@ def plan_kl(
 
     Returns:
         The mean log-ratio of the plans, in nats. Exchange the bridges and draw pairs of the other for the reverse one.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, genkit as gk
+        >>> one = (jnp.ones(1), jnp.zeros((1, 2)), jnp.ones((1, 2)))
+        >>> pair = gk.bridge.mixture_pair(one, one, 0.5)
+        >>> x0, x1 = pair.sample(50, key=jax.random.key(0))
+        >>> print(gk.bridge.plan_kl(pair.bridge, pair.bridge, x0, x1))
+        0.0
     """
     check_shape("x0", x0, (None, truth.dim))
     check_shape("x1", x1, jnp.shape(x0))
@@ -133,6 +154,14 @@ def path_kl(
 
     Returns:
         A scalar in nats.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, genkit as gk
+        >>> one = (jnp.ones(1), jnp.zeros((1, 2)), jnp.ones((1, 2)))
+        >>> pair = gk.bridge.mixture_pair(one, one, 0.5)
+        >>> x0, x1 = pair.sample(50, key=jax.random.key(0))
+        >>> print(gk.bridge.path_kl(pair.bridge, pair.bridge, x0, key=jax.random.key(1)))
+        0.0
     """
     check_key(key)
     check_count("num_times", num_times)

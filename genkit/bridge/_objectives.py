@@ -36,6 +36,14 @@ def light_loss(potential: MixturePotential, x0: Float[Array, " n d"], x1: Float[
 class LightObjective(Objective):
     """The light Schrödinger bridge objective on a batch `(x0, x1)` of unpaired samples, for `gk.fit`.
 
+    Example:
+        >>> import jax, jax.numpy as jnp, genkit as gk
+        >>> bridge = gk.bridge.gaussian(jnp.zeros(2), jnp.ones(2), jnp.ones(2), jnp.ones(2), 0.5)
+        >>> x0, key = jax.random.normal(jax.random.key(0), (50, 2)), jax.random.key(1)
+        >>> loss, _ = gk.bridge.LightObjective()(bridge, (x0, x0 + 1.0), key=key)
+        >>> bool(jnp.allclose(loss, bridge.objective(x0, x0 + 1.0), rtol=1e-4))
+        True
+
     Source: Korotin, Gushchin, Burnaev, "Light Schrödinger bridge", ICLR 2024, equation 8.
     """
 
@@ -61,6 +69,12 @@ class UnpairedBatches(eqx.Module):
         x0: samples of the source, shape (n, d).
         x1: samples of the target, shape (m, d).
         batch_size: points of each per batch; `None` takes all of both.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, genkit as gk
+        >>> x0, x1 = gk.bridge.UnpairedBatches(jnp.zeros((10, 2)), jnp.ones((20, 2)), 4)(jax.random.key(0))
+        >>> x0.shape, x1.shape
+        ((4, 2), (4, 2))
     """
 
     x0: Float[Array, " n d"]
@@ -91,6 +105,15 @@ class MatchingObjective(Objective):
 
     Args:
         t_max: times are uniform on [0, t_max]; the variance of the target grows like epsilon t / (1-t).
+
+    Example:
+        >>> import jax, jax.numpy as jnp, genkit as gk
+        >>> key_data, key_loss = jax.random.split(jax.random.key(0))
+        >>> shift = gk.bridge.light(jnp.zeros(1), jnp.ones((1, 2)), jnp.ones(1), 0.5)  # every path drifts by one
+        >>> x0 = jax.random.normal(key_data, (50, 2))
+        >>> loss, _ = gk.bridge.MatchingObjective()(shift, (x0, x0 + 1.0), key=key_loss)
+        >>> bool(loss > 0)
+        True
 
     Source: Gushchin et al., "Light and optimal Schrödinger bridge matching", ICML 2024, theorem 3.1.
     """

@@ -37,6 +37,13 @@ class Brownian(AbstractReference):
 
     Args:
         epsilon: variance at t = 1, a positive scalar.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, genkit as gk
+        >>> reference = gk.bridge.Brownian(0.5)
+        >>> path = reference.bridge(jnp.zeros(2), jnp.ones(2), jnp.array([0.5, 1.0]), 0.0, key=jax.random.key(0))
+        >>> print(path.shape, path[-1])
+        (2, 2) [1. 1.]
     """
 
     epsilon: Float[Array, ""] = eqx.field(metadata=FROZEN, converter=as_number)

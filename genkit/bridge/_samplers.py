@@ -22,6 +22,7 @@ def _starts(model, keys, x_init):
     source = getattr(model, "source", None)
     hint = "Or give the bridge samples of its source: `bridge.with_source(x0)`."
     check(source is not None, "x_init", "given: this bridge does not know its source", "None", hint)
+    source = jnp.asarray(source)
     return source[jax.vmap(lambda key: jr.randint(jr.fold_in(key, 0), (), 0, source.shape[0]))(keys)]
 
 
@@ -70,9 +71,10 @@ class ExactPaths(AbstractSampler):
         del shape
         check(cond is None, "cond", "None: a bridge takes no condition", cond)
         check(isinstance(model, Bridge), "model", "a closed-form Bridge", type(model).__name__, "Use `EulerPaths`.")
-        x0 = _starts(model, keys, x_init)
+        bridge: Any = model
+        x0 = _starts(bridge, keys, x_init)
         ts = jnp.linspace(0.0, 1.0, self.num_steps + 1)
-        paths = jax.vmap(lambda x, key: model.sample(x, ts, key=jr.fold_in(key, 1)))(x0, keys)
+        paths = jax.vmap(lambda x, key: bridge.sample(x, ts, key=jr.fold_in(key, 1)))(x0, keys)
         count = jnp.ones(keys.shape[0], jnp.int32)
         return Draws(paths[:, -1], count, count, trajectory=paths if trajectory else None)
 
@@ -82,6 +84,13 @@ class EulerPaths(AbstractSampler):
 
     Args:
         num_steps: steps on [0, 1].
+
+    Example:
+        >>> import jax, jax.numpy as jnp, genkit as gk
+        >>> bridge = gk.bridge.gaussian(jnp.zeros(2), jnp.ones(2), jnp.ones(2), jnp.ones(2), 0.5)
+        >>> draws = gk.sample(gk.bridge.EulerPaths(20), bridge, 3, x_init=jnp.zeros((3, 2)), key=jax.random.key(0))
+        >>> print(draws.value.shape, draws.num_evals)
+        (3, 2) [20 20 20]
     """
 
     num_steps: int = eqx.field(static=True, default=100)
@@ -115,15 +124,16 @@ class EulerPaths(AbstractSampler):
         del shape
         check(cond is None, "cond", "None: a bridge takes no condition", cond)
         check(isinstance(model, AbstractBridge), "model", "a bridge", type(model).__name__)
-        x0 = _starts(model, keys, x_init)
+        bridge: Any = model
+        x0 = _starts(bridge, keys, x_init)
         step = 1.0 / self.num_steps
 
         def euler(x, i):
             noise = jax.vmap(lambda key: jr.normal(jr.fold_in(key, i + 1), x.shape[1:], x.dtype))(keys)
-            x = x + step * model.drift(i * step, x) + jnp.sqrt(model.epsilon * step) * noise
-            return x, x if trajectory else None
+            x = x + step * bridge.drift(i * step, x) + jnp.sqrt(bridge.epsilon * step) * noise
+            return x, x if trajectory else ()
 
         end, path = jax.lax.scan(euler, x0, jnp.arange(self.num_steps))
-        path = jnp.concatenate([x0[:, None], jnp.moveaxis(path, 0, 1)], 1) if trajectory else None
+        path = jnp.concatenate([x0[:, None], jnp.moveaxis(jnp.asarray(path), 0, 1)], 1) if trajectory else None
         count = jnp.full(keys.shape[0], self.num_steps, jnp.int32)
         return Draws(end, count, count, trajectory=path)

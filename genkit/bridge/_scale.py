@@ -78,6 +78,11 @@ class Iso(AbstractScale):
 
     Args:
         log_values: logarithms of the multiples, shape (K,).
+
+    Example:
+        >>> import jax.numpy as jnp, genkit as gk
+        >>> print(gk.bridge.Iso(jnp.zeros(1)).resolvent(0.5, jnp.ones((1, 2))))
+        [[1. 1.]]
     """
 
     log_values: Float[Array, " k"] = eqx.field(converter=jnp.asarray)
@@ -88,6 +93,7 @@ class Iso(AbstractScale):
         return self.log_values.shape[0]
 
     def _p(self, t: Time) -> Float[Array, " k"]:
+        t = jnp.asarray(t, self.log_values.dtype)
         return 1.0 / ((1.0 - t) + t * jnp.exp(self.log_values))
 
     def apply(self, v: Float[Array, " k d"]) -> Float[Array, " k d"]:
@@ -126,6 +132,11 @@ class Diag(AbstractScale):
 
     Args:
         log_values: logarithms of the diagonals, shape (K, d).
+
+    Example:
+        >>> import jax.numpy as jnp, genkit as gk
+        >>> print(gk.bridge.Diag(jnp.zeros((1, 2))).apply(jnp.array([[1.0, 2.0]])))
+        [[1. 2.]]
     """
 
     log_values: Float[Array, " k d"] = eqx.field(converter=jnp.asarray)
@@ -136,6 +147,7 @@ class Diag(AbstractScale):
         return self.log_values.shape[0]
 
     def _p(self, t: Time) -> Float[Array, " k d"]:
+        t = jnp.asarray(t, self.log_values.dtype)
         return 1.0 / ((1.0 - t) + t * jnp.exp(self.log_values))
 
     def apply(self, v: Float[Array, " k d"]) -> Float[Array, " k d"]:
@@ -182,6 +194,12 @@ class Eigen(AbstractScale):
         log_values: logarithms of the eigenvalues, shape (K, d).
         reflectors: vectors of the reflections, none of them zero, shape (K, h, d); h = d reaches every S_k.
 
+    Example:
+        >>> import jax.numpy as jnp, genkit as gk
+        >>> scale = gk.bridge.Eigen(jnp.zeros((1, 2)), jnp.array([[[1.0, 0.0], [1.0, 2.0]]]))
+        >>> bool(jnp.allclose(scale.dense(2)[0], jnp.eye(2), atol=1e-6))  # unit eigenvalues: the identity in any basis
+        True
+
     Source: Joffrain, Low, Quintana-Orti, van de Geijn, "Accumulating Householder transformations, revisited", 2006.
     """
 
@@ -204,6 +222,7 @@ class Eigen(AbstractScale):
         return jnp.eye(dim, dtype=v.dtype) - v.mT @ jax.scipy.linalg.solve_triangular(inverse, v, lower=False)
 
     def _p(self, t: Time) -> Float[Array, " k d"]:
+        t = jnp.asarray(t, self.log_values.dtype)
         return 1.0 / ((1.0 - t) + t * jnp.exp(self.log_values))
 
     def _conjugate(self, values: Float[Array, " k d"], v: Float[Array, " k d"]) -> Float[Array, " k d"]:
@@ -255,6 +274,12 @@ class LowRank(AbstractScale):
     Args:
         log_values: logarithms of the diagonal part, shape (K, d).
         factors: the factors F_k, shape (K, d, q).
+
+    Example:
+        >>> import jax.numpy as jnp, genkit as gk
+        >>> print(gk.bridge.LowRank(jnp.zeros((1, 2)), jnp.ones((1, 2, 1))).dense(2)[0])
+        [[2. 1.]
+         [1. 2.]]
     """
 
     matrices: ClassVar[bool] = True
@@ -269,6 +294,7 @@ class LowRank(AbstractScale):
 
     def _woodbury(self, t: Time) -> tuple[Float[Array, " k d"], Float[Array, " k q q"], Float[Array, " k d q"]]:
         """E^-1 with E = (1-t) I + t D, the Cholesky factor of I + t F' E^-1 F, and E^-1 F."""
+        t = jnp.asarray(t, self.log_values.dtype)
         inverse = 1.0 / ((1.0 - t) + t * jnp.exp(self.log_values))
         scaled = inverse[..., None] * self.factors
         count = self.factors.shape[-1]
@@ -327,6 +353,13 @@ class Zero(AbstractScale):
 
     Args:
         count: an array of shape (K,) whose values are not read; it carries K through `take` and `vmap`.
+
+    Example:
+        >>> import jax.numpy as jnp, genkit as gk
+        >>> points, zero = jnp.array([[-1.0], [1.0]]), gk.bridge.Zero(jnp.zeros(2))
+        >>> potential = gk.bridge.MixturePotential(jnp.zeros(2), points, zero, 0.1, jnp.zeros(1))
+        >>> print(potential.drift(jnp.zeros(1), 0.5))  # halfway between two points of equal weight
+        [0.]
     """
 
     count: Float[Array, " k"] = eqx.field(metadata=FROZEN, converter=jnp.asarray)

@@ -30,6 +30,12 @@ def plot_bridge(
     Raises:
         ValueError: if the shape is another one.
         NonFiniteError: if there is NaN or infinity.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, genkit as gk
+        >>> bridge = gk.bridge.gaussian(jnp.zeros(2), jnp.ones(2), jnp.ones(2), jnp.ones(2), 0.5)
+        >>> paths = bridge.sample(jnp.zeros((4, 2)), jnp.linspace(0.0, 1.0, 5), key=jax.random.key(0))
+        >>> gk.io.plot_bridge("paths.png", paths, title="Four paths")
     """
     from matplotlib.figure import Figure
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from scipy.optimize import linear_sum_assignment
 
 import genkit as gk
 
@@ -103,6 +104,40 @@ def test_bridge_of_a_plan(points):
     np.testing.assert_allclose(bridge.marginal_log_prob(t, z), mixture, rtol=0, atol=1e-10)
     start = bridge.reverse().coupling(y).mixing_distribution.probs
     np.testing.assert_allclose(start, plan.plan.T * 7, rtol=0, atol=1e-10)
+
+
+def half_square(x, y):
+    return 0.5 * jnp.sum((x - y) ** 2)
+
+
+def absolute(x, y):
+    return jnp.sum(jnp.abs(x - y))
+
+
+def assignment_gap(fn, x, cost):
+    """The gap at epsilon = 0, from an exact assignment."""
+    y = jax.vmap(fn)(x)
+    table = np.asarray(jax.vmap(lambda x: jax.vmap(lambda y: cost(x, y))(y))(x))
+    return np.trace(table) / len(x) - table[linear_sum_assignment(table)].mean()
+
+
+TURN = np.array([[0.6, -0.8], [0.8, 0.6]])
+
+
+@pytest.mark.parametrize("cost", [None, absolute], ids=["half_square", "absolute"])
+@pytest.mark.parametrize(
+    ("fn", "optimal"),
+    [(lambda x: 0.5 * x + 1.0, True), (lambda x: x - 2.0, True), (lambda x: -x, False), (lambda x: TURN @ x, False)],
+    ids=["shrink", "shift", "reflect", "turn"],
+)
+def test_monge_gap_against_an_exact_assignment(fn, optimal, cost):
+    x, epsilon, tol = jr.normal(jr.key(0), (12, 2)), 0.1, 1e-5
+    exact = assignment_gap(fn, x, cost or half_square)
+    if cost is None:
+        assert exact == pytest.approx(0.0, abs=1e-12) if optimal else exact > 0.1
+    gap = float(gk.bridge.monge_gap(fn, x, cost=cost, epsilon=epsilon, tol=tol))
+    # Entropy takes at most epsilon log n; rows that miss their weight by tol in all miss at most tol (range of f).
+    assert exact - epsilon * np.log(12) - 100 * tol <= gap <= exact + 100 * tol
 
 
 def test_wrong_input(points):
