@@ -22,7 +22,7 @@ def as_path(
 
     The path is drawn at `ts` and linear between them; take fixed steps on `ts` (a finer step would see a smoother
     path than the true one). The driver of a model, in diffrax's own solvers; variational inference needs the lifted
-    form, `genkit.sde.FractionalSDE`.
+    form, `genkit.sde.as_terms`.
 
     Args:
         hurst: Hurst index in (0, 1).

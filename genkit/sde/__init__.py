@@ -1,6 +1,8 @@
 """Neural stochastic differential equations with fractional noise: simulation, variational inference, exact answers."""
 
-from ._elbo import elbo as elbo, log_weights as log_weights
+from ._diffrax import as_terms as as_terms
+from ._elbo import elbo as elbo, iwelbo as iwelbo, log_weights as log_weights
+from ._forecast import Forecast as Forecast, forecast as forecast
 from ._guide import AbstractGuide as AbstractGuide, LinearGuide as LinearGuide
 from ._kalman import gp_log_evidence as gp_log_evidence, kalman as kalman
 from ._latent import LatentSDE as LatentSDE, NegativeELBO as NegativeELBO
@@ -12,4 +14,5 @@ from ._model import (
 )
 from ._neural import NeuralGuide as NeuralGuide
 from ._observed import GaussianNoise as GaussianNoise, Observed as Observed
+from ._sampler import PathSampler as PathSampler
 from ._simulate import Paths as Paths, simulate as simulate

@@ -72,7 +72,7 @@ class LatentSDE(eqx.Module):
             observed: from `observe`.
 
         Returns:
-            A guide for `simulate` and `elbo`.
+            A guide for `simulate`, `elbo` and `forecast`.
         """
         return self.guide.condition(observed)
 

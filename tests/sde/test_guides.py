@@ -1,4 +1,4 @@
-"""Guides: bridges, neural controls, learned indices, latent models."""
+"""Guides: bridges, neural controls, learned indices, forecasts, latent models."""
 
 import functools
 
@@ -80,6 +80,17 @@ def test_weights_of_a_perturbed_neural_guide_are_unbiased(linear):
     stats.assert_same_mean(draws, other)
 
 
+def test_importance_bound_is_between():
+    sde, key = quartic(), jr.key(3)
+    guide = gs.LinearGuide(sde, DATA, steps_per_interval=4, num_iterations=2)
+    draws = gs.log_weights(sde, guide, DATA, steps_per_interval=4, num_particles=256, key=jr.key(3))
+    low = gs.elbo(sde, guide, DATA, steps_per_interval=4, num_particles=256, key=jr.clone(key))
+    high = gs.iwelbo(sde, guide, DATA, steps_per_interval=4, num_particles=256, key=jr.clone(key))
+    np.testing.assert_allclose(low, draws.mean(), rtol=1e-5)
+    np.testing.assert_allclose(high, jax.nn.logsumexp(draws) - np.log(256), rtol=1e-5)
+    assert low < high
+
+
 @pytest.mark.slow
 def test_a_law_of_the_start_that_is_not_normal():
     law = dist.Laplace(jnp.array([0.0]), 0.5)
@@ -93,6 +104,24 @@ def test_a_law_of_the_start_that_is_not_normal():
     density = np.exp(-np.abs(grid) / 0.5) * np.exp(-0.5 * ((0.8 - grid) / sd) ** 2) / (sd * np.sqrt(2 * np.pi))
     evidence = np.trapezoid(density, grid)
     stats.assert_mean(jnp.exp(draws) / evidence, 1.0)
+
+
+def test_forecast_covers_and_reaches_beyond():
+    ts = np.array([0.0, 0.5, 1.0, 1.5, 2.0])
+    sde = bridge(0.0, 0.7, CHEAP)
+    observed = gs.Observed(np.array([0.5, 1.0]), np.array([0.2, 0.4]), gs.GaussianNoise(0.05))
+    guide = gs.LinearGuide(sde, observed)
+    out = gs.forecast(sde, guide, observed, ts, num_paths=20_000, key=jr.key(0))
+    assert float(out.ess) > 19_000
+    # exact Gaussian conditioning of the lifted process
+    both = 2.0**1.4 * np.asarray(CHEAP.covariance(0.7, ts[:, None] / 2, ts[None] / 2), np.float64)
+    seen = both[1:3, 1:3] + 0.0025 * np.eye(2)
+    mean = both[:, 1:3] @ np.linalg.solve(seen, [0.2, 0.4])
+    var = np.diag(both - both[:, 1:3] @ np.linalg.solve(seen, both[1:3]))
+    stats.assert_mean(out.x[:, 1:, 0], mean[1:])
+    stats.assert_variance(out.x[:, 1:, 0], var[1:], gaussian=True)
+    width = (out.upper - out.lower)[1:, 0] / np.sqrt(var[1:])
+    np.testing.assert_allclose(width, 2 * 1.6449, rtol=0.05)  # quantiles of 20,000 draws: standard error 1.5 %
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from typing import Any, cast
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -125,6 +126,22 @@ def test_a_hundred_thousand_steps_in_constant_memory():
 
     per_path = [(memory(num, 34) - memory(num, 2)) / 32 for num in (1_000, 100_000)]
     assert per_path[1] < 14 * per_path[0]  # ten, the ratio of roots, and some slack
+
+
+@pytest.mark.slow
+@pytest.mark.key_reuse  # diffrax's VirtualBrownianTree consumes its key twice
+def test_diffrax_terms_have_the_same_law():
+    sde = ou(1.0, 0.7, 0.7, 1.0, lift=gn.ma_fbm(3, 0.1, 20.0))
+
+    def end(key):
+        terms, y0 = gs.as_terms(sde, key=key)
+        out = diffrax.diffeqsolve(terms, diffrax.Heun(), 0.0, 1.0, 1 / 100, y0)
+        assert out.ys is not None
+        return out.ys[0][-1, 0]
+
+    ours = paths(sde, np.array([1.0]), 20_000, max_step=0.1)[:, 0, 0]
+    theirs = jax.jit(jax.vmap(end))(jr.split(jr.key(3), 4_000))
+    stats.assert_variance(theirs, float(jnp.var(ours)), gaussian=True)
 
 
 # Wrong input: each names the argument.
