@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import equinox as eqx
 import jax
@@ -115,7 +115,7 @@ def curvature(phi: Callable, u: Any) -> Any:
     return slope(first, u) - first(u)
 
 
-def refuse_kink(name: str) -> None:
+def refuse_kink(name: str) -> NoReturn:
     """One voice for divergences without a pathwise gradient."""
     raise ValueError(
         f"`{name}` must have a smooth f for pathwise gradients; its f has a kink, so the weight is zero almost "
