@@ -16,8 +16,8 @@ class Measure(eqx.Module):
 
     The contract allows densities that are only estimated: with $w$ standing for the returned `log_density`,
 
-    $$E[e^{-w} \mid \text{value}] = 1 / p(\text{value}) \quad\text{from `sample`}, \qquad
-      E[e^{w}] = p(\text{value}) \quad\text{from `log_density`}.$$
+    $$E[e^{-w} \mid \text{value}] = 1 / p(\text{value}) \quad\text{from }\texttt{sample}, \qquad
+      E[e^{w}] = p(\text{value}) \quad\text{from }\texttt{log\_density}.$$
 
     Measures with an exact density satisfy both trivially and accept `key=None`.
 
