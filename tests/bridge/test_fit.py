@@ -60,7 +60,7 @@ def test_objective_falls_and_the_bridge_lands_on_the_target(data, scale):
 
 def test_full_scale_recovers_a_rotated_pair(pair, data):
     (x0, x1), (y0, y1) = data
-    bridge, _ = gk.bridge.fit_light(x0, x1, 1.0, 5, scale="full", num_steps=800, key=jr.key(1))
+    bridge, _ = gk.bridge.fit_light(x0, x1, 1.0, 5, scale="full", num_steps=2000, key=jr.key(1))
     assert float(gk.bridge.plan_kl(pair.bridge, bridge, y0, y1)) < 0.01
     # 4,000 fitting pairs here; the tables with 20,000 are slow tests.
     assert float(gk.bridge.cbw2_uvp(bridge, pair.bridge, y0[:300], y1)) < 0.2
@@ -96,7 +96,8 @@ def test_start_is_balanced_at_small_epsilon():
         potential = start_bridge(x0, x1, epsilon, 12, scale="diag", init=init, rank=1, key=key)
         masses[init] = component_masses(potential, x0, x1)[0]
     effective = {init: float(1 / jnp.sum(m**2)) for init, m in masses.items()}
-    assert effective["balanced"] > 8 > effective["published"]
+    print(effective)
+    assert effective["balanced"] > max(11.0, effective["published"])  # of 12
 
 
 def test_guard_revives_a_dead_component(data):
@@ -122,8 +123,11 @@ def test_matching_and_sf2m_run_and_learn(data):
     single = gk.bridge.gaussian(x0.mean(0), jnp.cov(x0.T), x1.mean(0), jnp.cov(x1.T), 1.0)
     assert float(bridge.objective(y0, y1)) < float(single.objective(y0, y1)) - 0.1
     assert bool(jnp.isfinite(report.objective).all())
-    neural, losses = gk.bridge.sf2m(x0, x1, 1.0, num_steps=150, batch_size=64, key=jr.key(2))
-    assert float(losses[-30:].mean()) < 0.7 * float(losses[:5].mean())
+    neural, losses = gk.bridge.sf2m(x0, x1, 1.0, num_steps=400, batch_size=64, key=jr.key(2))
+    assert bool(jnp.isfinite(losses).all())
+    ends = neural.sample(y0[:500], jnp.linspace(0.0, 1.0, 21), key=jr.key(4))[:, -1]
+    far = gk.divergence.energy_distance(y0[:500], y1[:500])
+    assert float(gk.divergence.energy_distance(ends, y1[:500])) < 0.25 * float(far)
     paths = neural.sample(y0[:6], jnp.array([0.5, 1.0]), key=jr.key(3))
     assert paths.shape == (6, 2, 2) and neural.drift(0.3, y0[:4]).shape == (4, 2)
     assert neural.epsilon == 1.0

@@ -242,6 +242,7 @@ def test_scan_of_normal_steps_by_draws():
     assert max(map(abs, z_scores(fn, 0.3, (5.44, 9.6), 100_000))) < 4
 
 
+@pytest.mark.key_reuse  # under the map over draws both branches are selected from, which the check takes for re-use
 def test_branch_of_normals_by_draws():
     def fn(p):
         b = vi.sample("b", dist.Bernoulli(p))
