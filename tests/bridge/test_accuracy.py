@@ -55,7 +55,7 @@ def test_generated_pairs_against_the_published_recipe(d, epsilon):
     assert kl <= their_kl / 5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_collapse_where_the_published_start_collapses():
     """Wide targets at epsilon = .1, 20 seeds: at least K/3 effective components; the published start loses more."""
     k, d = 10, 8
@@ -77,7 +77,7 @@ def test_no_collapse_where_the_published_start_collapses():
     assert min(effective["published"]) < k / 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_digits_three_to_eight_in_sixteen_components():
     """Held-out objective better than one full Gaussian and than the published diagonal recipe."""
     digits = gk.data.digits()
@@ -103,7 +103,7 @@ def test_digits_three_to_eight_in_sixteen_components():
     assert held["ours"] < held["published"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_routes_meet():
     """Bridge matching from independent pairs finds the bridge of the likelihood route, with more noise."""
     pair = rotated_pair(2, 1.0, key=jr.key(7))

@@ -60,7 +60,7 @@ def test_filter_of_kind_two_is_near_its_own_process():
         assert abs(float(gs.kalman(model("a", hurst, lift=gn.ma_fbm(kind="II")), observed)) - wanted) < 0.01
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_published_lift_has_its_published_error():
     observed, errors = series("a")[0], {0.3: 0.016, 0.5: 0.072, 0.7: 0.143, 0.9: 0.918}
     for hurst, wanted in errors.items():
@@ -74,8 +74,8 @@ def test_published_lift_has_its_published_error():
     [
         ("a", "path_mean", 1, 1e-5),
         ("c", "exact", 1, 1e-5),
-        pytest.param("c", "path_mean", 4, 0.07, marks=pytest.mark.slow),
-        pytest.param("c", "exponential", 4, 0.05, marks=pytest.mark.slow),
+        pytest.param("c", "path_mean", 4, 0.07, marks=pytest.mark.long),
+        pytest.param("c", "exponential", 4, 0.05, marks=pytest.mark.long),
     ],
 )
 def test_linear_guide_attains_the_evidence(name, step, substeps, bound):
@@ -133,7 +133,7 @@ def test_missing_rows_are_rows_left_out():
     np.testing.assert_allclose(evidence[0], evidence[1], atol=1e-10)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_bound_and_its_slope_skip_missing_rows():
     full = series("c")[0]
     keep = np.array([True, False, True, True, False, True, False])
@@ -161,7 +161,7 @@ def test_the_clock_may_run_at_any_speed():
     np.testing.assert_allclose(values[2], values[0], rtol=1e-9)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_float32_is_within_a_thousandth():
     for name in ("a", "c"):
         for hurst in (0.1, 0.3, 0.7, 0.9):
@@ -179,7 +179,7 @@ def test_float32_is_within_a_thousandth():
             np.testing.assert_allclose(draws, wide, rtol=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_coupled_drift_and_joint_observations():
     """A rotation of independent processes: the evidence is that of the processes themselves."""
     ts = np.array([0.2, 0.5, 0.6, 1.0])

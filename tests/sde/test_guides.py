@@ -38,7 +38,7 @@ def quartic(hurst=0.3, lift=CHEAP):
 DATA = gs.Observed(np.array([0.25, 0.5, 1.0]), np.array([0.3, 0.4, 0.9]), gs.GaussianNoise(0.2))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("theta", [0.0, 1.0, 2.0])
 def test_bridge_table(theta):
     """Posterior spread within 1 %: 60,000 paths have a standard error of 0.3 %."""
@@ -51,7 +51,7 @@ def test_bridge_table(theta):
         assert abs(float(x[:, 0, 0].mean())) < stats.z_score(4) * wanted / num**0.5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_neural_guide_starts_as_the_linear_one():
     sde = bridge(1.0, 0.7, CHEAP)
     linear, neural = gs.LinearGuide(sde, END), gs.NeuralGuide(sde, END, width=8, key=jr.key(0))
@@ -91,7 +91,7 @@ def test_importance_bound_is_between():
     assert low < high
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_law_of_the_start_that_is_not_normal():
     law = dist.Laplace(jnp.array([0.0]), 0.5)
     zero = lambda t, x: 0 * x
@@ -124,7 +124,7 @@ def test_forecast_covers_and_reaches_beyond():
     np.testing.assert_allclose(width, 2 * 1.6449, rtol=0.05)  # quantiles of 20,000 draws: standard error 1.5 %
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_learned_index_stays_inside_and_moves():
     hurst = gs.LearnedHurst(0.5)
     observed = gs.Observed(np.arange(1, 9) / 8, np.sin(np.arange(1, 9) / 3), gs.GaussianNoise(0.1))
@@ -178,7 +178,7 @@ class Decoder(eqx.Module):
         return dist.Normal(self.net(x), 0.5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_training_tightens_the_neural_bound():
     sde = quartic()
     guide = gs.NeuralGuide(sde, DATA, width=16, linear=False, key=jr.key(0))

@@ -15,7 +15,7 @@ import genkit.noise as gn
 import genkit.sde as gs
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("hurst", [0.15, 0.5, 0.75])
 def test_index_of_exact_paths(hurst):
@@ -44,7 +44,7 @@ def test_index_of_exact_paths(hurst):
     assert abs(best[1][0] - best[0][0]) < error, f"exact {best[0][0]:.4f} ({error:.4f}), lifted {best[1][0]:.4f}"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.key_reuse  # numpyro's chains split one key themselves
 def test_nuts_over_index_scale_and_rate():
     ts = np.arange(1, 41) / 8

@@ -48,7 +48,7 @@ def test_fractional_ou_from_zero(step):
     stats.assert_covariance(x, wanted)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_varying_index_agrees_with_a_constant_one_and_with_its_own_variance():
     ts = np.array([0.25, 0.5, 1.0])
     zero = lambda t, x: 0 * x
@@ -61,7 +61,7 @@ def test_varying_index_agrees_with_a_constant_one_and_with_its_own_variance():
     stats.assert_covariance(y, CHEAP.covariance(0.7, ts[:, None], ts[None]))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.key_reuse  # the same key again, on purpose
 @pytest.mark.usefixtures("x64")
 def test_multiplicative_noise_is_stratonovich_and_of_first_order():
@@ -128,7 +128,7 @@ def test_a_hundred_thousand_steps_in_constant_memory():
     assert per_path[1] < 14 * per_path[0]  # ten, the ratio of roots, and some slack
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.key_reuse  # diffrax's VirtualBrownianTree consumes its key twice
 def test_diffrax_terms_have_the_same_law():
     sde = ou(1.0, 0.7, 0.7, 1.0, lift=gn.ma_fbm(3, 0.1, 20.0))

@@ -81,7 +81,7 @@ def chain_smc(size):
     return chain(2, y), vi.normalize(chain(2, y), vi.SMC(size, (first, second), (chain(1, y),)))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_smc_evidence_is_unbiased_and_density_normalised():
     target, measure = chain_smc(2)
     states = [{"z0": jnp.array(i), "z1": jnp.array(j)} for i in (0, 1) for j in (0, 1)]
