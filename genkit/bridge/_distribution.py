@@ -62,7 +62,7 @@ class BridgeDistribution(dist.Distribution):
         return constraints.independent(constraints.real, 2)
 
     def sample(self, key: Key[Array, ""], sample_shape: tuple[int, ...] = ()) -> Float[Array, " ..."]:
-        """Draw paths; shape (*sample_shape, n, d)."""
+        """Draw paths; shape `(*sample_shape, n, d)`."""
         key_source, key_path = jax.random.split(key)
         x0 = self.source.sample(key_source, sample_shape)
         rest = self.bridge.sample(x0, self.ts[1:], key=key_path)

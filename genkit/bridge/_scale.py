@@ -60,7 +60,7 @@ class AbstractScale(eqx.Module):
 
     @abc.abstractmethod
     def law(self, mean: Float[Array, " *b k d"], epsilon: Float[Array, ""]) -> dist.Distribution:
-        """The numpyro law N(mean_k, epsilon S_k), batch shape (*b, k), event shape (d,)."""
+        """The numpyro law N(mean_k, epsilon S_k), batch shape `(*b, k)`, event shape (d,)."""
 
 
 def noise_size(scale: AbstractScale, dim: int) -> int:
