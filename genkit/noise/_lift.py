@@ -93,7 +93,7 @@ class Lift(eqx.Module):
         self._check(hurst)
         hurst = jnp.asarray(hurst, jnp.result_type(float, jnp.asarray(hurst)))
         if self.num_terms == 0:
-            return jnp.zeros(`(*hurst.shape, 0)`, hurst.dtype)
+            return jnp.zeros((*hurst.shape, 0), hurst.dtype)
         h, basis, xp = _chebyshev(hurst)
         scale = _normaliser(h, self.kind, xp)
         return jnp.asarray(basis @ xp.asarray(self._tables()[0], basis.dtype) * scale[..., None], hurst.dtype)
@@ -119,11 +119,11 @@ class Lift(eqx.Module):
             )
             return -self.weights(hurst)[..., None] * jnp.asarray(root, hurst.dtype)
         if self.history_rank == 0:
-            return jnp.zeros(`(*hurst.shape, self.num_terms, 0)`, hurst.dtype)
+            return jnp.zeros((*hurst.shape, self.num_terms, 0), hurst.dtype)
         _, basis, xp = _chebyshev(hurst)
         table = self._tables()[1]
         flat = basis @ xp.asarray(table.reshape(table.shape[0], -1), basis.dtype)
-        return jnp.asarray(flat.reshape`(*hurst.shape, *table.shape[1:])`, hurst.dtype)
+        return jnp.asarray(flat.reshape(*hurst.shape, *table.shape[1:]), hurst.dtype)
 
     def covariance(self, hurst: ArrayLike, s: ArrayLike, t: ArrayLike) -> Float[Array, " *shape"]:
         """Exact covariance of the lifted process on horizon 1, elementwise over broadcast times.
