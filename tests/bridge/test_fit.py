@@ -96,7 +96,6 @@ def test_start_is_balanced_at_small_epsilon():
         potential = start_bridge(x0, x1, epsilon, 12, scale="diag", init=init, rank=1, key=key)
         masses[init] = component_masses(potential, x0, x1)[0]
     effective = {init: float(1 / jnp.sum(m**2)) for init, m in masses.items()}
-    print(effective)
     assert effective["balanced"] > max(11.0, effective["published"])  # of 12
 
 
