@@ -132,11 +132,42 @@ def apart(span: re.Match[str], markup: str) -> str:
     )
 
 
+def table(paragraph: str) -> str:
+    """A Markdown table as a list-table; its bars are gone, the other spans are translated later."""
+    indent = re.match(r"\s*", paragraph)[0]
+    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in paragraph.splitlines()]
+    lines = [".. list-table::", "   :header-rows: 1", ""]
+    for row in [rows[0], *rows[2:]]:
+        lines += [f"   {'* -' if i == 0 else '  -'} {cell}" for i, cell in enumerate(row)]
+    return "\n".join(indent + line for line in lines)
+
+
+def shorten(app: Sphinx, what: str, name: str, obj: object, options: object, signature: str, returns: str) -> tuple:
+    """Array types as they are written in the sources, not as they unfold."""
+    del app, what, name, obj, options
+
+    def short(text: str | None) -> str | None:
+        if text is None:
+            return None
+        array, rest = (
+            r"~?(?:jaxtyping\.)?(\w+)\[~?jaxlib\._jax\.Array, '([^']*)'\]",
+            r"(?: \| ~?[\w.]*?(?:number|float|complex|int|bool_?)\b)*",
+        )
+        text = re.sub(
+            array + r" \| ~?(?:jaxtyping\.)?\1\[~?(?:numpy\.)?ndarray, '\2'\]" + rest, r"\1[ArrayLike, '\2']", text
+        )
+        return re.sub(r"~?jaxlib\._jax\.Array", "Array", text)
+
+    return short(signature), short(returns)
+
+
 def translate(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     """Turn the Markdown of a docstring into reStructuredText, paragraph by paragraph, leaving examples alone."""
     del app, what, name, obj, options
     done = []
     for paragraph in re.split(r"\n[ \t]*\n", "\n".join(lines)):
+        if re.match(r"\s*\|.*\n\s*\|[-:|\s]+\|", paragraph):
+            paragraph = table(paragraph)
         indent = re.match(r"[ \t]*", paragraph.rpartition("\n")[2])[0]
         example = ">>>" in paragraph
         done.append(paragraph if example else SPAN.sub(lambda span, i=indent: to_rst(span, i), paragraph))
@@ -147,5 +178,6 @@ def setup(app: Sphinx) -> dict[str, object]:
     """Connect the three parts."""
     app.connect("builder-inited", write_pages)
     app.connect("autodoc-process-docstring", translate, priority=400)  # before napoleon
+    app.connect("autodoc-process-signature", shorten)
     app.connect("env-check-consistency", check_coverage)
     return {"parallel_read_safe": True}
