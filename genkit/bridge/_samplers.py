@@ -89,7 +89,7 @@ class EulerPaths(AbstractSampler):
         >>> import jax, jax.numpy as jnp, genkit as gk
         >>> bridge = gk.bridge.gaussian(jnp.zeros(2), jnp.ones(2), jnp.ones(2), jnp.ones(2), 0.5)
         >>> draws = gk.sample(gk.bridge.EulerPaths(20), bridge, 3, x_init=jnp.zeros((3, 2)), key=jax.random.key(0))
-        >>> print(draws.value.shape, draws.num_evals)
+        >>> print(draws.value.shape, draws.nfe)
         (3, 2) [20 20 20]
     """
 

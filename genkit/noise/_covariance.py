@@ -107,8 +107,8 @@ def fgn_autocovariance(hurst: ArrayLike, num: int) -> Float[Array, " num"]:
 
     Example:
         >>> from genkit.noise import fgn_autocovariance
-        >>> [round(float(r), 4) for r in fgn_autocovariance(0.7, 3)]
-        [1.0, 0.3195, 0.1887]
+        >>> [round(float(r), 3) for r in fgn_autocovariance(0.7, 3)]
+        [1.0, 0.32, 0.189]
     """
     check_interval("hurst", hurst, 0, 1, open_lo=True, open_hi=True)
     check_count("num", num)

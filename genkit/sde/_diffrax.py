@@ -36,7 +36,9 @@ def as_terms(sde: FractionalSDE, *, tolerance: float | None = None, key: Key[Arr
         >>> drift, lift = gs.OrnsteinUhlenbeck(1.0), gn.ma_fbm(2, 0.1, 10.0)
         >>> model = gs.FractionalSDE(drift, gs.Constant(0.5), lift, hurst=0.7, horizon=1.0)
         >>> terms, start = gs.as_terms(model, key=jax.random.key(0))
-        >>> diffrax.diffeqsolve(terms, diffrax.Heun(), 0.0, 1.0, 0.02, start).ys[0].shape
+        >>> with jax.debug_key_reuse(False):  # diffrax's Brownian tree looks like re-use
+        ...     ys = diffrax.diffeqsolve(terms, diffrax.Heun(), 0.0, 1.0, 0.02, start).ys
+        >>> ys[0].shape
         (1, 1)
     """
     import diffrax
