@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Example:
         >>> from genkit.cli import main
         >>> main(["zoo", "list"])  # doctest: +ELLIPSIS
-        models/digits.py ...
+        models/...
         0
     """
     args = _parser().parse_args(argv)
