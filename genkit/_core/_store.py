@@ -17,7 +17,6 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jaxtyping import PyTree
 
@@ -32,7 +31,7 @@ _MAX_DIM = 1 << 48
 _PLAIN = "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 complex64 complex128"
 _SMALL = "bfloat16 float8_e4m3fn float8_e4m3b11fnuz float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz int4 uint4"
 _DTYPES = {str(np.dtype(name)): np.dtype(name) for name in _PLAIN.split(" ")}
-_DTYPES |= {name: np.dtype(getattr(ml_dtypes, name)) for name in _SMALL.split(" ")}
+_DTYPES |= {name: np.dtype(getattr(jnp, name)) for name in _SMALL.split(" ")}
 _SCALARS: dict[str, Any] = {"bool": bool, "int": int, "float": float, "str": str}
 _ARRAY_KINDS = ("jax", "numpy", "generic")
 
