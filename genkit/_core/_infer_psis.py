@@ -1,8 +1,7 @@
 """Pareto-smoothed importance sampling: how well draws from one law stand for another."""
 
 import numpy as np
-from jaxtyping import Float
-from numpy.typing import ArrayLike
+from jaxtyping import ArrayLike, Float
 
 
 def pareto_smooth(log_weights: Float[ArrayLike, " n"]) -> tuple[Float[np.ndarray, " n"], float]:
