@@ -1,20 +1,11 @@
 """genkit: probabilistic programming and generative modelling in one house."""
 
+import importlib
 import importlib.metadata
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-from . import (
-    bridge as bridge,
-    data as data,
-    diffusion as diffusion,
-    divergence as divergence,
-    guidance as guidance,
-    io as io,
-    mcmc as mcmc,
-    nn as nn,
-    noise as noise,
-    sde as sde,
-    vi as vi,
-)
+from . import diffusion as diffusion, divergence as divergence, io as io
 from ._core import (
     AbstractSampler as AbstractSampler,
     CorruptFileError as CorruptFileError,
@@ -42,4 +33,30 @@ from .divergence import FDivergence as FDivergence
 from .io import DefinitionError as DefinitionError, load as load, save as save
 
 
+if TYPE_CHECKING:
+    from . import (
+        bridge as bridge,
+        data as data,
+        guidance as guidance,
+        mcmc as mcmc,
+        nn as nn,
+        noise as noise,
+        sde as sde,
+        vi as vi,
+    )
+
+
 __version__ = importlib.metadata.version("genkit-jax")
+
+# A room is imported when it is first named: `import genkit` costs little more than JAX itself.
+_ON_DEMAND = ("bridge", "data", "guidance", "mcmc", "nn", "noise", "sde", "vi")
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _ON_DEMAND:
+        return importlib.import_module(f"genkit.{name}")
+    raise AttributeError(f"module 'genkit' has no attribute {name!r}; its rooms are {', '.join(_ON_DEMAND)}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ON_DEMAND})

@@ -47,7 +47,7 @@ def is_public(space) -> bool:
 
 
 def public_modules() -> set[type]:
-    spaces = [genkit, *(v for v in vars(genkit).values() if inspect.ismodule(v) and is_public(v))]
+    spaces = [genkit, *(v for name in dir(genkit) if inspect.ismodule(v := getattr(genkit, name)) and is_public(v))]
     found = {
         v for space in spaces for name, v in vars(space).items() if inspect.isclass(v) and not name.startswith("_")
     }

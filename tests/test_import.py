@@ -27,6 +27,7 @@ def switches():
 
 before = switches(), np.random.get_state(), random.getstate(), list(warnings.filters), jax.default_backend
 import genkit
+rooms = {name: getattr(genkit, name) for name in dir(genkit)}
 after = switches(), np.random.get_state(), random.getstate(), list(warnings.filters), jax.default_backend
 
 assert before[0] == after[0], "jax.config was changed"
@@ -53,6 +54,20 @@ def test_import_starts_no_backend():
     script = "import genkit, jax; jax.config.update('jax_platforms', 'nowhere'); jax.devices()"
     with pytest.raises(AssertionError, match="nowhere"):
         run(script)
+
+
+def test_rooms_are_imported_when_first_named():
+    script = """
+import sys, genkit
+assert "genkit.sde" not in sys.modules and "sde" in dir(genkit)
+assert genkit.sde is sys.modules["genkit.sde"]
+try:
+    genkit.diffusoin
+except AttributeError as error:
+    print(error)
+"""
+    message = run(script)
+    assert "no attribute 'diffusoin'" in message and "bridge, data" in message
 
 
 def test_the_package_is_typed_and_versioned():
