@@ -148,8 +148,8 @@ class Draw(eqx.Module):
         else:
             x0, carry, aux, tally = lax.cond(row.evaluate, evaluate, idle, state)
         history = lax.dynamic_update_index_in_dim(state.history, row.p * state.y + row.q * x0, row.slot, 0)
-        base = self._add_noise(row.a * state.base + _mix(row.b, history), row.c, row, 0)
-        y = self._add_noise(row.d * base + _mix(row.e, history), row.c_stage, row, 1)
+        base = row.a * state.base + _mix(row.b, history)
+        base, y = self._add_noise(base, row.d * base + _mix(row.e, history), row)
         state = state._replace(y=y, base=base, history=history, guidance=carry, tally=state.tally + tally)
         if state.event is not None:
             x_prev, seen, reports = state.event
@@ -158,16 +158,23 @@ class Draw(eqx.Module):
         state = after_step(self, state, row)
         return state, (aux, state.y if self.trajectory else None)
 
-    def _add_noise(self, mean: Array, scale: Array, row: Columns, stream: int) -> Array:
-        """Add noise of standard deviation `scale`; none is drawn where that is zero."""
+    def _add_noise(self, base: Array, y: Array, row: Columns) -> tuple[Array, Array]:
+        """Add the noise of a row to both means.
 
-        def noisy(value: Array) -> Array:
+        None is drawn where its standard deviations are zero; one branch around both spares most rows a second one.
+        """
+
+        def drawn(scale: Array, stream: int) -> Array:
             def draw(key: Array) -> Array:
-                return jax.random.normal(jax.random.fold_in(key, stream), value.shape[1:], value.dtype)
+                return jax.random.normal(jax.random.fold_in(key, stream), y.shape[1:], y.dtype)
 
-            return value + scale * jax.vmap(draw)(self.keys(row))
+            return lax.cond(scale != 0, lambda: scale * jax.vmap(draw)(self.keys(row)), lambda: jnp.zeros_like(y))
 
-        return lax.cond(scale != 0, noisy, lambda value: value, mean)
+        def noisy() -> tuple[Array, Array]:
+            first = drawn(row.c, 0)
+            return base + first, y + (row.d * first + drawn(row.c_stage, 1))
+
+        return lax.cond((row.c != 0) | (row.c_stage != 0), noisy, lambda: (base, y))
 
 
 def columns_of(table: Table, dtype: Any) -> Columns:
