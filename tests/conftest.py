@@ -51,8 +51,11 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 @pytest.fixture(autouse=True)
 def _key_reuse_check(request: pytest.FixtureRequest) -> Iterator[None]:
-    """No key may be consumed twice; `@pytest.mark.key_reuse` opts out (say why in a comment)."""
-    with jax.debug_key_reuse("key_reuse" not in request.keywords):
+    """No key may be consumed twice; `@pytest.mark.key_reuse` opts out (say why in a comment).
+
+    Benchmarks run without: the check is made at every compiled call, and its time would count as ours.
+    """
+    with jax.debug_key_reuse(not {"key_reuse", "benchmark"} & set(request.keywords)):
         yield
 
 
