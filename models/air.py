@@ -92,16 +92,18 @@ def pictures(key, num):
     return jax.vmap(one)(jax.random.split(key, num))
 
 
-def bound(strategy, num_particles=1):
+def bound(strategy=None, num_particles=1):
     """The objective: each picture has its own `E`, so that its coins are summed apart from the others'."""
 
     def loss(air, images, *, key):
         def one(image, key):
             p = gk.vi.program(air.model)(image)
-            q = gk.vi.with_grad(gk.vi.program(air.guide), {"present*": strategy})(image)
+            q = gk.vi.program(air.guide)(image)
+            if strategy is not None:
+                q = gk.vi.with_grad(q, {"present*": strategy})
             if num_particles == 1:
                 return gk.vi.E(lambda: gk.vi.elbo(p, q))(key=key)
-            return gk.vi.E(lambda: gk.vi.iwelbo(p, q, num_particles))(key=key)
+            return gk.vi.E(lambda: gk.vi.iwelbo(p, q, num_particles), max_paths=64)(key=key)
 
         return -jnp.mean(jax.vmap(one)(images, jax.random.split(key, images.shape[0]))), {}
 
