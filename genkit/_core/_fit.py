@@ -45,7 +45,9 @@ def fit(
         run: a folder to keep checkpoints, log and definition in; it must be new unless `resume` is set.
         resume: continue the run in `run` from its last checkpoint; where there is none, begin.
         mesh: devices to share the work: the batch is spread over all of them, the model is on each.
-        on_step: `on_step(step, metrics)` is called for every step, after the compiled call it was part of.
+        on_step: `on_step(step, metrics)` is called for every step, after the compiled call it was part of. Where it
+            raises `StopIteration`, training ends with that call: the result, and the run folder, are as if interrupted
+            there, without an error.
         progress: whether to show a progress bar; default: when standard error is a terminal.
 
     Returns:

@@ -128,6 +128,7 @@ class Session:
         self.reads = Leaves.of(plan)
         self.folder, self.on_step = folder, on_step
         self.step = self.first_step = int(state.step)
+        self.stopped = False
         self.begun = time.monotonic()
         changing, self.rest = split(state)
         self.arrays, self.form = Leaves.of(changing)
@@ -202,8 +203,11 @@ class Session:
         if self.folder is not None:
             self.folder.line(summary_line(metrics, self.step, time.monotonic() - self.begun))
         if self.on_step is not None:
-            for i in range(count):
-                self.on_step(self.step - count + i, {name: float(values[i]) for name, values in metrics.items()})
+            try:
+                for i in range(count):
+                    self.on_step(self.step - count + i, {name: float(values[i]) for name, values in metrics.items()})
+            except StopIteration:  # the callback has seen enough
+                self.stopped = True
 
     def save(self, *, when_due: bool = False) -> None:
         """Write a checkpoint, if there is a folder (and its time has come)."""
@@ -232,7 +236,7 @@ def loop(session: Session, name: str | None, progress: bool | None) -> Fitted:
     bar = tqdm(total=session.total, initial=session.step, desc=name, unit="step", disable=quiet, leave=False)
     try:
         with bar, _interrupts() as interrupted:
-            while session.step < session.total:
+            while session.step < session.total and not session.stopped:
                 before, metrics = session.step, session.advance()
                 bar.set_postfix({key: f"{values[-1]:.4g}" for key, values in metrics.items()}, refresh=False)
                 bar.update(session.step - before)

@@ -12,7 +12,6 @@ from jaxtyping import PyTree
 from numpyro.primitives import _PYRO_STACK as _NUMPYRO_STACK
 
 from .._core._checks import check
-from ._expectation import logging_decisions
 from ._frame import (
     Abort,
     Context,
@@ -25,12 +24,9 @@ from ._frame import (
     fold_name,
     is_exact,
     many,
-    require_frame,
-    without_enumeration,
 )
 from ._multishot import contrast
 from ._run import Record, Run, Site, current_run
-from ._strategies import Score
 
 
 # The arrays a body hands out of its loop, besides its result.
@@ -129,46 +125,6 @@ def _merge(out: _Out, static: dict, scope: str) -> None:
 
 def _has_tracer(tree: Any) -> bool:
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
-
-
-def looped_apart(kind: str, lane: Callable[[Any], Any], size: int, plate: str | None = None) -> tuple[Any, Any]:
-    """Map `lane` over `size` independent copies and hand out the scores of each copy instead of merging them.
-
-    Scores are None where there are none or where the run remembers the result (its scores were counted then).
-    """
-    static: dict = {"plate": plate}
-
-    def execute(key: Any, own: dict) -> tuple[Any, _Out]:
-        own["plate"] = plate
-
-        def one(index: Any) -> tuple[Any, _Out]:
-            return _body(lambda: lane(index), {}, jr.fold_in(key, index), index, own)
-
-        result, out = many(one, np.arange(size))
-        static["scores"] = out.pop("scores")
-        return result, {**out, "scores": None}
-
-    result = _looped(kind, execute)
-    return result, static.get("scores")
-
-
-def probe(fn: Callable[[], Any]) -> dict:
-    """What every site of `fn` would decide, without running anything."""
-    frame = require_frame("probe")
-
-    def traced() -> Any:
-        _body(fn, {}, frame.context.key, 0, {})
-        return jnp.zeros(())
-
-    context = frame.context
-    # Nothing is remembered (every replay must see the same sites), and leave-one-out sites shall not stop the run.
-    frame.context = context._replace(copies=True, memo={})
-    try:
-        with without_enumeration(), logging_decisions() as log, frame.falling_back(Score()):
-            jax.eval_shape(traced)
-    finally:
-        frame.context = context
-    return log
 
 
 def _looped(kind: str, execute: Callable[[Any, dict], tuple[Any, _Out]]) -> Any:

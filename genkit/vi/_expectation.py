@@ -1,10 +1,11 @@
 """The boundary `E`: an unbiased value whose derivatives are unbiased, and its exact enumeration."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any
 
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -29,91 +30,14 @@ from ._frame import (
     fold_name,
     magic,
     many,
+    site_key,
     total,
     trace_state,
 )
-from ._laws import is_finite, kind, support_size, unmask
+from ._laws import kind, support_size, unmask
 from ._multishot import RLOO, AbstractAlternatives, Enum, Lanes, leave_one_out
-from ._strategies import AbstractLocalStrategy, Attached, Learned, Moving, Reparam, Score, Strategy
-
-
-class Decision(NamedTuple):
-    """Which strategy a site got, and why."""
-
-    address: str
-    law: str
-    strategy: Strategy
-    reason: str
-    finite: bool
-
-
-_OVERRIDES: ContextVar[dict[str, Strategy] | None] = ContextVar("genkit_vi_overrides", default=None)
-_DECISIONS: ContextVar[dict[str, Decision] | None] = ContextVar("genkit_vi_decisions", default=None)
-
-
-@contextlib.contextmanager
-def overriding(table: dict[str, Strategy]) -> Iterator[None]:
-    """Give the sites at these full addresses another strategy (the variance report compares them)."""
-    token = _OVERRIDES.set(table)
-    try:
-        yield
-    finally:
-        _OVERRIDES.reset(token)
-
-
-@contextlib.contextmanager
-def logging_decisions() -> Iterator[dict[str, Decision]]:
-    """Collect what every site decided, by address."""
-    log: dict[str, Decision] = {}
-    token = _DECISIONS.set(log)
-    try:
-        yield log
-    finally:
-        _DECISIONS.reset(token)
-
-
-LEAVE_ONE_OUT = "leave-one-out over particles"
-
-
-def default_strategy(frame: Frame, law: dist.Distribution) -> tuple[Strategy, str]:
-    """The policy for sites that name no strategy."""
-    if law.has_rsample:
-        return Reparam(), "the law has a reparametrised sampler"
-    options = frame.context.options
-    if frame.fallback is not None:
-        return frame.fallback, LEAVE_ONE_OUT
-    if frame.inner:
-        return RLOO(2), "no reparametrised sampler, and inside a loop the joint support is out of reach"
-    if not is_finite(law):
-        return RLOO(2), "no reparametrised sampler and no finite support"
-    if not options.enumerate:
-        return RLOO(2), f"joint support above max_paths={options.max_paths}"
-    paths = frame.context.paths * support_size(law)
-    if paths > options.max_paths:
-        raise Overflow(options.token)
-    return Enum(), f"finite support: {paths} joint paths so far, at most max_paths={options.max_paths}"
-
-
-def decide(frame: Frame, address: str, law: dist.Distribution, named: Strategy | None) -> Strategy:
-    """The strategy of a site, checked against its law."""
-    table = _OVERRIDES.get()
-    if table is not None and address in table:
-        strategy, reason = table[address], "chosen for this comparison"
-    elif frame.forced is not None:
-        strategy, reason = frame.forced, "set by the objective"
-    elif named is not None:
-        strategy, reason = named, "named"
-    else:
-        strategy, reason = default_strategy(frame, law)
-    if not isinstance(strategy, Strategy):
-        raise TypeError(f"`grad` at site {address!r} must be a gk.vi.Strategy; got {describe(strategy)}.")
-    refuse_unsuited = getattr(strategy, "check", None)
-    if refuse_unsuited is not None:
-        refuse_unsuited(law, address)
-    log = _DECISIONS.get()
-    if log is not None:
-        log[address] = Decision(address, kind(law), strategy, reason, is_finite(law))
-    return strategy
+from ._policy import decide
+from ._strategies import AbstractLocalStrategy, Attached, Learned, Moving, Score, Strategy
 
 
 def draw_site(frame: Frame, name: str, law: dist.Distribution, named: Strategy | None, plates: tuple = ()) -> tuple:
@@ -124,7 +48,7 @@ def draw_site(frame: Frame, name: str, law: dist.Distribution, named: Strategy |
         return frame.context.memo[address], ()
     law = unmask(law)
     strategy = decide(frame, address, law, named)
-    key = frame.key(address)
+    key = site_key(frame.context.key, address)
     if isinstance(strategy, AbstractLocalStrategy):
         got = strategy.attach(key, law)
         _collect(frame, address, got, plates)
@@ -173,9 +97,25 @@ def _collect(frame: Frame, address: str, got: Attached, plates: tuple) -> None:
         return
     if isinstance(baseline, (Moving, Learned)):
         frame.context.options.baselines.append(baseline)
+        if isinstance(baseline, Learned):
+            _note_learned(frame, address, baseline)
         baseline = baseline()
     value = jnp.sum(stop_gradient(jnp.asarray(baseline)))
     frame.zeros.append(value * (1 - magic(jnp.sum(got.score))))
+
+
+def _note_learned(frame: Frame, address: str, baseline: Learned) -> None:
+    """Remember a baseline to be trained on the value of the run its site is in."""
+    outer = frame
+    while outer.parent is not None:
+        outer = outer.parent
+    if outer is not frame and jax.tree.leaves(baseline.inputs):
+        raise ValueError(
+            f"`baseline` at site {address!r} must have no inputs inside gk.vi.scan, vmap, cond or among particles: the "
+            "value it is trained on is known outside only. Use a learned constant, `Moving`, or RLOO."
+        )
+    if all(baseline is not known for known in outer.learned):
+        outer.learned.append(baseline)
 
 
 def _looped(frame: Frame, address: str, law: dist.Distribution, strategy: Strategy, key: Any) -> Any:
@@ -245,15 +185,12 @@ def run_segment(fn: Callable[[], Any], context: Context, open_group: bool = Fals
 
 def _with_learned(frame: Frame, terms: list[Term]) -> list[Term]:
     """Add the zero-valued training term of learned baselines."""
-    options = frame.context.options
-    learned = [b for b in options.baselines if isinstance(b, Learned)]
-    if not learned:
+    if not frame.learned:
         return terms
     target = stop_gradient(sum(jnp.sum(term.value) for term in terms))
-    for baseline in {id(b): b for b in learned}.values():
-        loss = (baseline() - target) ** 2
-        terms = [*terms, Term(-options.sense * (loss - stop_gradient(loss)), None, None)]
-    return terms
+    losses = [(baseline() - target) ** 2 for baseline in frame.learned]
+    sense = frame.context.options.sense
+    return [*terms, *(Term(-sense * (loss - stop_gradient(loss)), None, None) for loss in losses)]
 
 
 def expectation(
@@ -374,6 +311,7 @@ def exact(fn: Callable, *, max_paths: int = 4096) -> Callable:
     """
     check_count("max_paths", max_paths)
 
+    @eqx.filter_jit  # thousands of small operations: compiled as a whole
     def enumerate_fn(*args: Any, **kwargs: Any) -> Any:
         value, _ = expectation(lambda: fn(*args, **kwargs), jr.key(0), max_paths, enumerated=True)
         return value

@@ -11,12 +11,8 @@ import optax
 from jaxtyping import Array, Key
 
 from .._core._checks import NonFiniteError, check, check_choice, check_count, check_interval
-from .._core._fit import _start
-from .._core._fit_feed import auto_mesh, call_length
-from .._core._fit_loop import Session
-from .._core._fit_step import Plan, split
+from .._core._fit import fit
 from .._core._infer import Posterior
-from .._core._log import History
 from .._core._measure import Measure
 from .._core._objective import Phase, Problem, Recipe
 from ._expectation import expectation
@@ -162,34 +158,39 @@ class Fit(eqx.Module):
             rate = 0.005 if self.guide == "flow" else 0.05  # networks need smaller steps than locations and scales
             schedule = optax.cosine_decay_schedule(rate, self.num_steps, 0.01)
             optimizer = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(schedule))
-        length = min(self.num_steps, 200 if self.stop is None else max(2, self.stop.window // 2))
+        watch = None if self.stop is None else _Watch(self.stop)
         recipe = Recipe(
             lambda key: start,
             jax.tree_util.Partial(_no_batch),
             Phase(loss, optimizer),
             self.num_steps,
-            log_every=length,
+            log_every=min(self.num_steps, 200 if watch is None else watch.every),
         )
-        state, masks = _start(recipe, key)
-        plan = Plan(
-            recipe.phases, masks, split(state.model)[1], recipe.data, key, None, call_length(self.num_steps, length),
-            auto_mesh(None),
-        )  # fmt: skip
-        session = Session(plan, state, History(), recipe.data, self.num_steps, None, None)
-        values, calm = np.zeros(0), 0
         try:
-            while session.step < session.total:
-                values = np.concatenate([values, -np.asarray(session.advance()["loss"], np.float64)])
-                if self.stop is not None:
-                    calm = calm + 1 if self.stop.flat(values) else 0
-                    if calm >= self.stop.patience:
-                        break
+            fitted = fit(recipe, key=key, on_step=watch, progress=False)
         except NonFiniteError as error:
-            fitted = getattr(error, "fitted", None)
-            if fitted is not None:
-                name_the_culprit(model, as_guide(fitted.model, problem), key, error)
+            seen = getattr(error, "fitted", None)
+            if seen is not None:
+                name_the_culprit(model, as_guide(seen.model, problem), key, error)
             raise
-        return session.fitted().model, values
+        return fitted.model, -np.asarray(fitted.log["loss"], np.float64)
+
+
+class _Watch:
+    """The stopping rule, asked twice per window while training goes on."""
+
+    def __init__(self, rule: Plateau):
+        self.rule, self.every = rule, max(2, rule.window // 2)
+        self.values: list[float] = []
+        self.calm = 0
+
+    def __call__(self, step: int, metrics: dict[str, float]) -> None:
+        self.values.append(-metrics["loss"])
+        if (step + 1) % self.every:
+            return
+        self.calm = self.calm + 1 if self.rule.flat(np.array(self.values)) else 0
+        if self.calm >= self.rule.patience:
+            raise StopIteration
 
 
 def _no_batch(key: Any) -> Any:

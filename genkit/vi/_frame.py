@@ -37,6 +37,20 @@ def fold_name(key: Any, name: str) -> Any:
     return jr.fold_in(key, zlib.crc32(name.encode()))
 
 
+def site_key(key: Any, address: str) -> Any:
+    """A key for a site, at no cost: the hash of the address is mixed into one word of the key.
+
+    Threefry is a block cipher made to be keyed with related keys (JAX's own seeds are), so streams stay independent.
+    Only for keys that are drawn from: keys of inner frames are hashed (`fold_name`), or two mixings could undo each
+    other.
+    """
+    if jr.key_impl(key) != "threefry2x32":
+        return fold_name(key, address)
+    words = jr.key_data(key)
+    tweak = np.array([zlib.crc32(address.encode()), 0], np.uint32)
+    return jr.wrap_key_data(words ^ tweak, impl="threefry2x32")
+
+
 class Options(NamedTuple):
     """What stays fixed over all runs below one `E`."""
 
@@ -114,6 +128,7 @@ class Frame:
         self.group: list[Score] = []
         self.log_weight: Any = None
         self.zeros: list[Any] = []  # terms of value zero that carry a gradient (baselines)
+        self.learned: list[Any] = []  # baselines to be trained on the value of this run
         self.pending: dict[str, Pending] = {}
         self.registered: tuple[Any, list] | None = None
 

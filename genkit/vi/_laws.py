@@ -1,5 +1,6 @@
 """What the strategies need to know about numpyro laws: lanes, finite supports, masks."""
 
+import copy
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,6 +19,28 @@ def unmask(law: dist.Distribution) -> dist.Distribution:
         inner = unmask(law.base_dist)
         return law if inner is law.base_dist else inner.to_event(law.reinterpreted_batch_ndims)
     return law
+
+
+def unchecked(law: dist.Distribution) -> dist.Distribution:
+    """The law without numpyro's support check in `log_prob`, for values that lie in the support by construction.
+
+    The check costs a good part of a small gradient step, and turns a NaN value into a density of zero.
+    """
+    if not law._validate_args:
+        return law
+    law = copy.copy(law)
+    law._validate_args = False
+    if isinstance(law, (dist.MaskedDistribution, dist.ExpandedDistribution, dist.Independent)):
+        law.base_dist = unchecked(law.base_dist)
+    return law
+
+
+def is_everywhere(law: dist.Distribution) -> bool:
+    """Whether the support is the whole real space."""
+    support = law.support
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return type(support) is type(dist.constraints.real)
 
 
 def lanes(law: dist.Distribution) -> dist.Distribution:

@@ -28,11 +28,11 @@ def draw_and_weigh(p: Any, q: Any) -> tuple[Any, Any, Any, Record | None, Record
 def _matcher(q_record: Record) -> Any:
     """Refuse a guide site whose support is not inside the model's, before its value is weighed."""
 
-    def match(name: str, law: Any) -> None:
+    def match(name: str, law: Any) -> bool:
         site = q_record.sites.get(name)
         if site is None or site.support is None or site.observed:
-            return
-        why = _mismatch(site.support, law.support)
+            return False
+        inside, why = _compare(site.support, law.support)
         if why:
             kind = "a site in a loop" if site.law is None else type(site.law).__name__
             raise ValueError(
@@ -40,6 +40,7 @@ def _matcher(q_record: Record) -> Any:
                 f"{_name(site.support)} for the guide and {type(law).__name__} on {_name(law.support)} for the model "
                 f"({why})."
             )
+        return inside
 
     return match
 
@@ -68,14 +69,16 @@ def _bounds(support: Any) -> tuple[float, float] | None:
     return float(np.min(np.asarray(lower))), float(np.max(np.asarray(upper)))
 
 
-def _mismatch(inner: Any, outer: Any) -> str:
-    """Why `inner` is not inside `outer`, or an empty string (also where that cannot be told)."""
+def _compare(inner: Any, outer: Any) -> tuple[bool, str]:
+    """Whether `inner` is known to lie inside `outer`, and why it does not, if that is known."""
     if bool(inner.is_discrete) != bool(outer.is_discrete):
-        return "one is discrete, the other continuous"
+        return False, "one is discrete, the other continuous"
     a, b = _bounds(inner), _bounds(outer)
-    if a is not None and b is not None and not (a[0] >= b[0] and a[1] <= b[1]):
-        return f"[{a[0]}, {a[1]}] is not inside [{b[0]}, {b[1]}]"
-    return ""
+    if a is None or b is None:
+        return inner is outer, ""
+    if a[0] >= b[0] and a[1] <= b[1]:
+        return True, ""
+    return False, f"[{a[0]}, {a[1]}] is not inside [{b[0]}, {b[1]}]"
 
 
 def frozen_log_density(measure: Any, value: Any) -> Any:

@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import numpyro.distributions as dist
 from jax.core import Tracer
 from jax.lax import stop_gradient
@@ -83,15 +84,12 @@ def _moved(theta: Any) -> Any:
 
 def _binomial(law: Any, value: Any, key: Any) -> tuple[list, Any]:
     del value
-    total = parameter(law, "total_count")
     base = lanes(law)
     probs = base.probs if isinstance(base, dist.BinomialProbs) else jax.nn.sigmoid(base.logits)
     probs = jnp.broadcast_to(probs, lane_shape(law))
-    if not isinstance(total, Tracer):
-        fewer = dist.Binomial(jnp.maximum(total - 1, 0), stop_gradient(probs))
-    else:
-        fewer = dist.Binomial(total - 1, stop_gradient(probs))
-    draw, _ = draw_law(fewer, key)
+    total = base.total_count  # known ones stay so: `exact` needs the support
+    fewer = jnp.maximum(total - 1, 0) if isinstance(total, Tracer) else np.maximum(np.asarray(total) - 1, 0)
+    draw, _ = draw_law(dist.Binomial(fewer, stop_gradient(probs)), key)
     return [(draw + 1, total * _moved(probs)), (draw, -total * _moved(probs))], None
 
 

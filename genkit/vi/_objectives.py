@@ -11,12 +11,13 @@ from numpyro.distributions.kl import kl_divergence
 
 from .._core._checks import check, check_choice, check_count, is_concrete
 from .._core._measure import as_measure
-from ._control import along_plate, looped_apart, probe
-from ._expectation import LEAVE_ONE_OUT
+from ._control import along_plate
+from ._copies import looped_apart, one_by_one, probe
 from ._frame import Score as ScoreTerm, Term, magic, require_frame
 from ._laws import unmask
 from ._matching import draw_and_weigh, elbo_terms, frozen_log_density, with_rest
 from ._multishot import RLOO
+from ._policy import LEAVE_ONE_OUT
 from ._program import simulate
 from ._run import Record, scaled
 from ._strategies import AbstractLocalStrategy, Reparam, Score
@@ -271,10 +272,7 @@ def _multi(p: Any, q: Any, size: int, functional: Callable, estimator: str, plat
         )
     default_enum = stopping and frame.context.options.enumerate and not frame.inner and estimator == "auto"
     if named or default_enum:
-        parts = []
-        for index in range(size):
-            with frame.within(frame.fresh(f"particle{index}-")):
-                parts.append(_log_weight(p, q, plate))
+        parts = one_by_one(lambda: _log_weight(p, q, plate), size)
         return _finish(functional(jnp.stack([w for w, _ in parts])), parts[0][1])
 
     def lane(index: Any) -> Any:

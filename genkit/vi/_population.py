@@ -12,11 +12,12 @@ from jaxtyping import Array, Key
 
 from .._core._checks import check, check_count, check_key, describe
 from .._core._measure import Measure, as_measure
-from ._control import looped_apart, probe
-from ._expectation import LEAVE_ONE_OUT, draw_site
+from ._copies import looped_apart, one_by_one, probe
+from ._expectation import draw_site
 from ._frame import Context, Frame, Options, Score, active, current_frame, draw_law
 from ._multishot import RLOO
 from ._objectives import log_mean_exp
+from ._policy import LEAVE_ONE_OUT
 from ._program import Program, simulate, weigh
 from ._strategies import AbstractLocalStrategy, Attached, Strategy
 
@@ -53,10 +54,7 @@ def particles(lane: Callable[[], Any], size: int) -> Any:
         not isinstance(d.strategy, AbstractLocalStrategy | RLOO) or _could_enumerate(frame, d) for d in decisions
     )
     if stopping and not frame.inner:
-        parts = []
-        for index in range(size):
-            with frame.within(frame.fresh(f"particle{index}-")):
-                parts.append(lane())
+        parts = one_by_one(lane, size)
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
     result, scores = looped_apart("particles", lambda index: lane(), size)
     if scores is not None:

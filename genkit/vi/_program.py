@@ -14,6 +14,7 @@ from .._core._checks import check_key, describe
 from .._core._measure import DistributionMeasure, Measure, as_measure
 from ._expectation import draw_site
 from ._frame import current_frame, require_frame
+from ._laws import unchecked
 from ._run import Record, Run, run_program
 from ._strategies import Strategy
 
@@ -93,7 +94,7 @@ class Program(Measure):
         *,
         values: Mapping[str, Any] | None = None,
         key: Any = None,
-        on_site: Callable[[str, Any], None] | None = None,
+        on_site: Callable[[str, Any], bool] | None = None,
     ) -> Record:
         """Run the program under the handler: the full record of its sites.
 
@@ -101,7 +102,8 @@ class Program(Measure):
             mode: "draw" or "density".
             values: site values, for "density".
             key: typed PRNG key, for "draw" outside `E` (and for subsampling).
-            on_site: called with name and law of every latent site before it is weighed.
+            on_site: called with name and law of every latent site before it is weighed; says whether its value is
+                known to lie in the law's support.
 
         Returns:
             The record of the run.
@@ -278,7 +280,8 @@ def simulate(measure: Any) -> tuple[Any, Any, Record | None]:
     if isinstance(measure, DistributionMeasure):
         law = measure.distribution
         value, intermediates = draw_site(frame, scope, law, None)
-        log_prob = law.log_prob(value, intermediates) if intermediates else law.log_prob(value)
+        plain = unchecked(law)
+        log_prob = plain.log_prob(value, intermediates) if intermediates else plain.log_prob(value)
         return value, jnp.sum(log_prob), None
     with frame.within(scope):
         value, log_density = measure.sample(key=frame.key("/".join(frame.scope)))

@@ -12,9 +12,10 @@ import numpy as np
 from jax.core import Tracer
 
 from .._core._checks import check, check_count, check_key
-from ._expectation import _INJECTION, Decision, E, logging_decisions, overriding
+from ._expectation import _INJECTION, E
 from ._multishot import RLOO, Enum, Lanes
 from ._mvd import MVD
+from ._policy import Decision, logging_decisions, overriding
 from ._run import _TRACED_CHECKS
 from ._strategies import Reparam, Score
 

@@ -16,7 +16,7 @@ from numpyro.primitives import Messenger
 from .._core._checks import NonFiniteError, is_concrete
 from ._expectation import draw_site
 from ._frame import Frame, current_frame, draw_law, fold_name, trace_state
-from ._laws import unmask
+from ._laws import is_everywhere, unchecked, unmask
 from ._strategies import Strategy
 
 
@@ -84,7 +84,7 @@ class Run(Messenger):
         strategies: tuple = (),
         key: Any = None,
         frame: Frame | None = None,
-        on_site: Callable[[str, Any], None] | None = None,
+        on_site: Callable[[str, Any], bool] | None = None,
     ):
         super().__init__()
         self.mode, self.values, self.params, self.data = mode, dict(values or {}), params or {}, data or {}
@@ -154,11 +154,12 @@ class Run(Messenger):
             law = law.expand(tuple(sample_shape) + tuple(law.batch_shape))
             msg["kwargs"]["sample_shape"] = ()
         intermediates: Any = ()
-        address = name
+        address, inside = name, False
         if msg["value"] is None:
-            value, intermediates, address = self._latent(name, law, named, msg)
+            value, intermediates, address, inside = self._latent(name, law, named, msg)
             msg["value"] = value
-        log_prob = law.log_prob(msg["value"], intermediates) if intermediates else law.log_prob(msg["value"])
+        plain = unchecked(law) if inside or is_everywhere(law) else law
+        log_prob = plain.log_prob(msg["value"], intermediates) if intermediates else plain.log_prob(msg["value"])
         check_log_prob(name, log_prob)
         auxiliary = bool(msg["infer"].get("is_auxiliary", False))
         plates = tuple(msg["cond_indep_stack"])
@@ -180,8 +181,11 @@ class Run(Messenger):
             plates = tuple(msg["cond_indep_stack"])
             msg["value"], _ = draw_site(self.frame, msg["name"], msg["fn"], named, plates)
 
-    def _latent(self, name: str, law: dist.Distribution, named: Any, msg: dict) -> tuple[Any, Any, str]:
-        """The value of a site that is neither observed nor already set by another handler."""
+    def _latent(self, name: str, law: dist.Distribution, named: Any, msg: dict) -> tuple[Any, Any, str, bool]:
+        """The value of a site that is neither observed nor already set by another handler.
+
+        Also the law's intermediates, the address, and whether the value is known to lie in the support.
+        """
         if self.mode == "density":
             if name not in self.values:
                 known = ", ".join(sorted(self.values)) or "none"
@@ -190,22 +194,21 @@ class Run(Messenger):
                     "Let the guide sample it, observe it, or sum it out with `gk.vi.marginal`."
                 )
             self.record.used.add(name)
-            if self.on_site is not None:
-                self.on_site(name, law)
+            inside = self.on_site is not None and self.on_site(name, law)
             value = self.values[name]
             want = tuple(law.batch_shape) + tuple(law.event_shape)
             if np.shape(value) != want:
                 raise ValueError(f"`value` at site {name!r} must have shape {want}; got {np.shape(value)}.")
-            return value, (), name
+            return value, (), name, inside
         strategy = self._strategy(name, named)
         if self.frame is not None:
             address = "/".join((*self.frame.scope, name))
             value, intermediates = draw_site(self.frame, name, law, strategy, tuple(msg["cond_indep_stack"]))
-            return value, intermediates, address
+            return value, intermediates, address, True
         if self.key is None:
             raise TypeError("`key` must be given to draw from a program; got None.")
         value, intermediates = draw_law(unmask(law), fold_name(self.key, name))
-        return value, intermediates, name
+        return value, intermediates, name, True
 
     def _strategy(self, name: str, named: Strategy | None) -> Strategy | None:
         """The first matching glob of `with_grad` wins over what the site names."""

@@ -8,7 +8,7 @@ from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
 from .._core._checks import check_count, describe
-from ._control import looped_apart
+from ._copies import looped_apart
 from ._frame import require_frame
 from ._matching import draw_and_weigh
 from ._program import Program, evaluate, simulate, weigh

@@ -241,6 +241,21 @@ def test_on_step_sees_every_step_once():
     assert all(type(metrics["size"]) is float for _, metrics in seen)
 
 
+def test_a_callback_may_stop_the_training(tmp_path):
+    seen = []
+
+    def on_step(step, metrics):
+        seen.append(step)
+        if step == 25:
+            raise StopIteration
+
+    stopped = gk.fit(recipe(), key=key(), run=tmp_path / "run", on_step=on_step)
+    assert seen == list(range(26))
+    assert int(stopped.state.step) == len(stopped.log["loss"]) == 30  # the call it was part of is whole
+    resumed = gk.fit(recipe(), key=key(), run=tmp_path / "run", resume=True)
+    assert same(resumed, gk.fit(recipe(), key=key()))
+
+
 def test_a_callback_that_fails_keeps_the_work(tmp_path):
     def on_step(step, metrics):
         if step == 25:
