@@ -3,7 +3,10 @@
 from ._analytic import GaussianDenoiser as GaussianDenoiser, MixtureDenoiser as MixtureDenoiser
 from ._analytic_empirical import EmpiricalDenoiser as EmpiricalDenoiser
 from ._convert import convert as convert
+from ._exact_error import ExactError as ExactError, exact_error as exact_error
 from ._grids import karras as karras, log_uniform as log_uniform, time_uniform as time_uniform
+from ._grids_more import beta_quantile as beta_quantile, cosine as cosine, gaussian_optimal as gaussian_optimal
+from ._kinetic import KineticOptimal as KineticOptimal
 from ._losses import DenoisingScoreMatching as DenoisingScoreMatching, FlowMatching as FlowMatching
 from ._preconditioned import Preconditioned as Preconditioned
 from ._schedule_family import (
@@ -14,9 +17,31 @@ from ._schedule_family import (
     Cosine as Cosine,
     SubVP as SubVP,
 )
+from ._schedule_more import (
+    Discrete as Discrete,
+    Polynomial as Polynomial,
+    Shifted as Shifted,
+    Tabulated as Tabulated,
+    ddpm_betas as ddpm_betas,
+    zero_terminal_snr as zero_terminal_snr,
+)
 from ._schedules import Schedule as Schedule
 from ._tables import ancestral as ancestral, ddim as ddim, heun as heun
+from ._tables_family import (
+    deis as deis,
+    dpm_solver as dpm_solver,
+    ipndm as ipndm,
+    lms as lms,
+    rosenbrock as rosenbrock,
+    velocity_ab as velocity_ab,
+)
 from ._tables_multistep import dpmpp as dpmpp, unipc as unipc
+from ._tables_stochastic import (
+    euler_maruyama as euler_maruyama,
+    restart as restart,
+    reverse_diffusion as reverse_diffusion,
+    sa as sa,
+)
 from ._weights import (
     EDMWeight as EDMWeight,
     EpsWeight as EpsWeight,
