@@ -101,7 +101,7 @@ def gaussian_optimal(
     num_steps: int,
     sigma_min: Float[ArrayLike, ""] | float,
     sigma_max: Float[ArrayLike, ""] | float,
-    variances: Float[ArrayLike, " d"],
+    variances: Any,
     final: float | None = 0.0,
 ) -> Grid:
     r"""The grid on which DDIM comes closest to Gaussian data, in Kullback-Leibler divergence.

@@ -25,13 +25,15 @@ _LEVELS, _EXAMPLES = 96, 1024
 class KineticOptimal(Schedule):
     r"""The Gaussian path of least kinetic energy between given data and noise, in closed polar form.
 
-    Let $\mathrm{mmse}(\psi)$ be the error of the best denoiser at noise level $\rho\tan\psi$, as a fraction of the second
-    moment $\rho^2$ per coordinate, and $g^2 = 1 - \mathrm{mmse}/\sin^2\psi$. In polar coordinates of radius $r$ and
-    angle $\chi(\psi) = \int_0^\psi g$ the energy of the path $\alpha = r\cos\psi$, $\sigma = \rho\, r \sin\psi$ is that of
-    a moving point in the plane: the best path is a straight line between two points of the unit circle at angle
-    $\Phi = \chi(\pi/2)$, and its energy per coordinate is $4\rho^2\sin^2(\Phi/2)$. `t = 0` is data, `t = 1` noise.
+    Let $\mathrm{mmse}(\psi)$ be the error of the best denoiser at noise level $\rho\tan\psi$, as a fraction of the
+    second moment $\rho^2$ per coordinate, and $g^2 = 1 - \mathrm{mmse}/\sin^2\psi$. In polar coordinates of radius $r$
+    and angle $\chi(\psi) = \int_0^\psi g$ the energy of the path $\alpha = r\cos\psi$, $\sigma = \rho\, r \sin\psi$
+    is that of a point that moves in the plane: the best path is a straight line between two points of the unit circle
+    at angle $\Phi = \chi(\pi/2)$, and its energy per coordinate is $4\rho^2\sin^2(\Phi/2)$. `t = 0` is data, `t = 1`
+    noise.
 
-    Data spread out in many dimensions have $\Phi = \pi/2$ and the straight path `CondOT`; Gaussian data have $\Phi = 0$.
+    Data spread out in many dimensions have $\Phi = \pi/2$ and the straight path `CondOT`; for Gaussian data
+    $\Phi = 0$.
 
     Args:
         mmse: function of a noise level (scaled by `scale`, so 1 is as much noise as data) that gives the mean squared
@@ -117,7 +119,9 @@ class KineticOptimal(Schedule):
         scale = float(jnp.sqrt(jnp.mean(x**2)))
         check_positive("scale of x", scale)
         psi = np.linspace(0, 0.5 * np.pi, _LEVELS + 2)[1:-1]
-        noise = jr.normal(jr.key(0) if key is None else key, x.shape, x.dtype)
+        # Few examples are seen often, each time with other noise. The fixed key is one that no user draws data with.
+        x = x[jnp.arange(_EXAMPLES) % len(x)]
+        noise = jr.normal(jr.fold_in(jr.key(0), 0x6B6F) if key is None else key, x.shape, x.dtype)
 
         @jax.jit
         def errors(levels: Array) -> Array:

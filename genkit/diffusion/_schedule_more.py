@@ -160,9 +160,9 @@ class Shifted(Schedule):
 class Discrete(Schedule):
     r"""The continuous schedule through a discrete table of noising variances, as DDPM has.
 
-    Step $i$ of $N$ is at $t = i/N$, where $\alpha^2 = \prod_{j \le i} (1 - \beta_j)$ exactly; in between the rate of the
-    noising equation is constant. A table that ends in $\beta_N = 1$ (no signal left) ends in a cell where $\alpha$ falls
-    linearly to zero.
+    Step $i$ of $N$ is at $t = i/N$, where $\alpha^2 = \prod_{j \le i} (1 - \beta_j)$ exactly; in between the rate of
+    the noising equation is constant. A table that ends in $\beta_N = 1$ (no signal left) ends in a cell where
+    $\alpha$ falls linearly to zero.
 
     Args:
         betas: variances $\beta_1, \dots, \beta_N$ in (0, 1); the last may be 1.

@@ -13,7 +13,7 @@ class Spline(eqx.Module):
 
     $$y = y_0 + \Delta y\, \frac{s\,\xi^2 + d_0\,\xi(1 - \xi)}{s + (d_0 + d_1 - 2s)\,\xi(1 - \xi)} .$$
 
-    It increases where the slopes are positive, has a continuous derivative, and solving for $\xi$ takes one square root.
+    It increases where the slopes are positive, has a continuous derivative, and solving for $\xi$ takes a square root.
 
     Args:
         x: places of the points, increasing.
