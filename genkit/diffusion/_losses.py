@@ -87,13 +87,24 @@ class DenoisingScoreMatching(Objective):
         key_level, key_noise, key_cond = jr.split(key, 3)
         x0, cond = _split_batch(batch)
         sigma = draw_evenly(self.noise_law, x0.shape[0], key=key_level).astype(x0.dtype)
-        weight = self.weight
-        if weight is None:
-            # A trained sigma_data must not learn to lower its own weight.
-            weight = EDMWeight(jax.lax.stop_gradient(getattr(model, "sigma_data", 1.0)))
+        weight = self.level_weight(model)
         noise = jr.normal(key_noise, x0.shape, x0.dtype)
         cond = _drop(cond, self.cond_dropout, key=key_cond)
         return _regress(model, x0, noise, sigma, cond, jax.vmap(weight)(sigma))
+
+    def level_weight(self, model: Any) -> Callable:
+        """The weight as a function of the noise level, the default for this model where none was given.
+
+        Args:
+            model: the denoiser.
+
+        Returns:
+            A function of one noise level.
+        """
+        if self.weight is not None:
+            return self.weight
+        # A trained sigma_data must not learn to lower its own weight.
+        return EDMWeight(jax.lax.stop_gradient(getattr(model, "sigma_data", 1.0)))
 
 
 class FlowMatching(Objective):

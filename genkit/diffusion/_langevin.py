@@ -1,0 +1,231 @@
+"""Predictor-corrector sampling with Langevin steps, and tables that take their noise from one Brownian path."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, Inexact, Key
+
+from genkit._core import AbstractSampler
+from genkit._core._checks import check, check_choice, check_count, check_positive, describe
+from genkit._core._draws import Draws
+from genkit._core._fields import as_number
+from genkit._core._table import HISTORY, Table
+
+from ._grids import check_grid
+
+
+_NORMS = ("sample", "batch")
+
+
+class PredictorCorrector(AbstractSampler):
+    """Reverse-diffusion steps, each followed by Langevin steps at the level it reached; see `predictor_corrector`.
+
+    Args:
+        grid: descending noise levels `(num_steps + 1,)`.
+        snr: ratio of the Langevin step's signal to its noise, positive.
+        num_corrections: Langevin steps after each predictor step.
+        norm: `"sample"` or `"batch"`.
+    """
+
+    grid: Float[Array, " levels"]
+    snr: Float[Array, ""]
+    num_corrections: int = eqx.field(static=True)
+    norm: str = eqx.field(static=True)
+
+    def __init__(
+        self, grid: Float[ArrayLike, " levels"], snr: Any = 0.16, num_corrections: int = 1, norm: str = "sample"
+    ):
+        self.grid = jnp.asarray(check_grid(grid), jnp.result_type(float))
+        check_positive("snr", snr)
+        check_count("num_corrections", num_corrections, 0)
+        check_choice("norm", norm, _NORMS)
+        self.snr, self.num_corrections, self.norm = as_number(snr), num_corrections, norm
+
+    def draw(
+        self,
+        model: Callable,
+        keys: Key[Array, " n"],
+        *,
+        cond: Any,
+        x_init: Inexact[Array, " n *shape"] | None,
+        shape: tuple[int, ...],
+    ) -> Draws:
+        """Draw one example per key; see `AbstractSampler.draw`."""
+        start_keys, loop_keys = (jax.vmap(lambda key, i=i: jr.fold_in(key, i))(keys) for i in (0, 1))
+        if x_init is None:
+            noise = jax.vmap(lambda key: jr.normal(key, shape))(start_keys)
+            x_init = self.grid[0].astype(noise.dtype) * noise
+        grid = self.grid.astype(x_init.dtype)
+        axes = (0, None, None if cond is None else 0)
+        predict = lambda x, sigma: jax.vmap(model, in_axes=axes)(x, sigma, cond)
+        normals = lambda i, k: jax.vmap(lambda key: _normal(key, i, k, shape, x_init.dtype))(loop_keys)
+
+        def step(x: Array, row: Any) -> tuple[Array, None]:
+            i, s, t = row
+            moved = x + (1 - (t / s) ** 2) * (predict(x, s) - x) + jnp.sqrt(s**2 - t**2) * normals(i, 0)
+            correct = lambda k, x: self._correct(x, t, predict, normals(i, k + 1))
+            return jax.lax.fori_loop(0, self.num_corrections, correct, moved), None
+
+        last = int(np.asarray(self.grid.shape[0])) - 2
+        rows = (jnp.arange(last), grid[:last], grid[1 : last + 1])
+        x, _ = jax.lax.scan(step, x_init, rows)
+        # The last step returns the mean: to zero noise it is the prediction, and noise would only be seen.
+        s, t = grid[-2], grid[-1]
+        x = x + (1 - (t / s) ** 2) * (predict(x, s) - x)
+        x = jnp.where(t > 0, x + jnp.sqrt(s**2 - t**2) * normals(last, 0), x)
+        count = jnp.full(len(keys), last * (1 + self.num_corrections) + 1, jnp.int32)
+        return Draws(x, count, count)
+
+    def _correct(self, x: Array, sigma: Array, predict: Callable, noise: Array) -> Array:
+        """One Langevin step whose size follows from the norms of score and noise."""
+        score = (predict(x, sigma) - x) / sigma**2
+        size = lambda v: jnp.sqrt(jnp.sum(v**2, axis=tuple(range(1, v.ndim)), keepdims=True))
+        ratio = size(noise) / jnp.maximum(size(score), jnp.finfo(x.dtype).tiny)
+        if self.norm == "batch":
+            ratio = jnp.mean(size(noise)) / jnp.mean(size(score))
+        step = 2 * (self.snr.astype(x.dtype) * ratio) ** 2
+        return x + step * score + jnp.sqrt(2 * step) * noise
+
+
+def predictor_corrector(
+    grid: Float[ArrayLike, " levels"],
+    snr: Float[ArrayLike, ""] | float = 0.16,
+    num_corrections: int = 1,
+    norm: str = "sample",
+) -> PredictorCorrector:
+    r"""Predictor-corrector sampling: reverse-diffusion steps, corrected by Langevin steps at each level.
+
+    The corrector is $x \leftarrow x + \epsilon s + \sqrt{2\epsilon} z$ with $\epsilon = 2 (snr\, |z| / |s|)^2$.
+    The norms are those of each draw by itself, so that draws do not depend on each other; `norm="batch"` takes the mean
+    over the batch, as published. After the last step nothing is corrected.
+
+    Args:
+        grid: descending noise levels `(num_steps + 1,)`.
+        snr: ratio of signal to noise, positive: 0.16 in the paper.
+        num_corrections: Langevin steps after each predictor step; 0 leaves the predictor alone.
+        norm: `"sample"`, or `"batch"` for comparison.
+
+    Returns:
+        A sampler with `1 + num_corrections` evaluations per step, 1 in the last.
+
+    Raises:
+        ValueError: if the grid does not descend, or a number is out of range.
+
+    Example:
+        >>> import jax
+        >>> import genkit as gk
+        >>> denoiser = gk.diffusion.GaussianDenoiser(jax.numpy.zeros(2), jax.numpy.eye(2))
+        >>> sampler = gk.diffusion.predictor_corrector(gk.diffusion.karras(10, 0.01, 50.0), 0.16, 1)
+        >>> int(gk.sample(sampler, denoiser, 3, key=jax.random.key(0)).nfe[0])
+        19
+
+    Source: Song et al., "Score-Based Generative Modeling through Stochastic Differential Equations", ICLR 2021,
+    algorithms 2 and 4.
+    """
+    return PredictorCorrector(grid, snr, num_corrections, norm)
+
+
+class BrownianNoise(AbstractSampler):
+    r"""Another table, its noise taken from one Brownian path per draw: more steps refine a draw, not replace it.
+
+    The noise of a row from $\sigma_s$ to $\sigma_t$ is the normalized increment of the path over
+    $[\log\sigma_t, \log\sigma_s]$, so it has the law that the table expects, and tables on different grids over the
+    same range see the same path. Draws then converge, draw by draw, as steps get smaller. Guidance is not taken.
+
+    Args:
+        table: a stochastic table that only goes down in noise (`ancestral`, `sa`, stochastic `dpmpp`, ...).
+        sigma_min: smallest noise level that the path resolves; the same for tables that are compared.
+        sigma_max: largest; the same for tables that are compared.
+        tolerance: resolution of the path as a fraction of its length, in (0, 1).
+
+    Raises:
+        TypeError: if `table` is none.
+        ValueError: for a table that adds noise while the level rises or stays.
+
+    Example:
+        >>> import jax
+        >>> import genkit as gk
+        >>> denoiser = gk.diffusion.GaussianDenoiser(jax.numpy.zeros(2), jax.numpy.eye(2))
+        >>> sampler = gk.diffusion.BrownianNoise(gk.diffusion.ancestral(gk.diffusion.karras(10, 0.01, 50.0)), 0.01, 50.0)
+        >>> gk.sample(sampler, denoiser, 3, key=jax.random.key(0)).value.shape
+        (3, 2)
+
+    Source: Li et al., "Scalable Gradients for Stochastic Differential Equations", AISTATS 2020 (virtual Brownian tree).
+    """  # noqa: E501
+
+    table: Table
+    sigma_min: Float[Array, ""]
+    sigma_max: Float[Array, ""]
+    tolerance: float = eqx.field(static=True)
+
+    def __init__(self, table: Table, sigma_min: Any, sigma_max: Any, tolerance: float = 1e-6):
+        if not isinstance(table, Table):
+            raise TypeError(f"`table` must be a `genkit.Table`; got {describe(table)}.")
+        check_positive("sigma_min", sigma_min)
+        check(0 < tolerance < 1, "tolerance", "in (0, 1)", tolerance)
+        noisy = (np.asarray(table.c) > 0) | (np.asarray(table.c_stage) > 0)
+        falls = np.asarray(table.sigma_next) < np.asarray(table.sigma_start)
+        hint = "Churn and restarts go up in noise; take `ancestral`, `sa` or a stochastic `dpmpp`."
+        check(
+            bool(falls[noisy].all()), "table", "one whose noise level falls where it adds noise", "one that rises", hint
+        )
+        self.table, self.tolerance = table, float(tolerance)
+        self.sigma_min, self.sigma_max = as_number(sigma_min), as_number(sigma_max)
+        check(bool(self.sigma_min < self.sigma_max), "sigma_min", "smaller than `sigma_max`", self.sigma_min)
+
+    def draw(
+        self,
+        model: Callable,
+        keys: Key[Array, " n"],
+        *,
+        cond: Any,
+        x_init: Inexact[Array, " n *shape"] | None,
+        shape: tuple[int, ...],
+    ) -> Draws:
+        """Draw one example per key; see `AbstractSampler.draw`."""
+        import diffrax
+
+        from genkit._core._draw import columns_of
+
+        start_keys, path_keys = (jax.vmap(lambda key, i=i: jr.fold_in(key, i))(keys) for i in (0, 1))
+        if x_init is None:
+            noise = jax.vmap(lambda key: jr.normal(key, shape))(start_keys)
+            x_init = jnp.asarray(self.table.sigma, noise.dtype)[0] * noise
+        columns = columns_of(self.table, x_init.dtype)
+        low, high = (jnp.log(level.astype(x_init.dtype)) for level in (self.sigma_min, self.sigma_max))
+
+        def one(key: Array, x: Array, cond: Any) -> Array:
+            space = jax.ShapeDtypeStruct(shape, x.dtype)
+            path = diffrax.VirtualBrownianTree(0.0, 1.0, self.tolerance, space, jr.fold_in(key, 0))
+            other = diffrax.VirtualBrownianTree(0.0, 1.0, self.tolerance, space, jr.fold_in(key, 1))
+            # Time of the path: 0 at the largest level, 1 at the smallest.
+            clock = lambda sigma: jnp.clip((high - jnp.log(jnp.maximum(sigma, self.sigma_min))) / (high - low), 0, 1)
+
+            def step(state: tuple[Array, Array, Array], row: Any) -> tuple[tuple[Array, Array, Array], None]:
+                y, base, history = state
+                x0 = jax.lax.cond(row.evaluate, lambda: model(y, row.sigma, cond), lambda: jnp.zeros_like(y))
+                history = jax.lax.dynamic_update_index_in_dim(history, row.p * y + row.q * x0, row.slot, 0)
+                mix = lambda weights: jnp.tensordot(weights, history, 1)
+                first, last = clock(row.sigma_start), clock(row.sigma_next)
+                share = jnp.where(last > first, last - first, 1)
+                draw = lambda path: path.evaluate(first, last) / jnp.sqrt(share)
+                base = row.a * base + mix(row.b) + row.c * draw(path)
+                y = row.d * base + mix(row.e) + row.c_stage * draw(other)
+                return (y, base, history), None
+
+            history = jnp.zeros((HISTORY, *shape), x.dtype)
+            return jax.lax.scan(step, (x, x, history), columns)[0][0]
+
+        value = jax.vmap(one, in_axes=(0, 0, None if cond is None else 0))(path_keys, x_init, cond)
+        count = jnp.full(len(keys), jnp.sum(columns.evaluate), jnp.int32)
+        return Draws(value, count, count)
+
+
+def _normal(key: Array, row: Array, stream: Any, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Standard normals of one draw, for one row and one of its uses."""
+    return jr.normal(jr.fold_in(jr.fold_in(key, row), stream), shape, dtype)
