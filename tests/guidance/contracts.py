@@ -18,6 +18,6 @@ def draw(guidance):
 
 
 CASES = [
-    Case("CFG", lambda: gk.guidance.cfg(2.0), draw),
-    Case("Interval", lambda: gk.guidance.interval(gk.guidance.cfg(2.0), 0.2, 1.5), draw),
+    Case("Linear", lambda: gk.guidance.cfg(2.0), draw),
+    Case("Gate", lambda: gk.guidance.interval(gk.guidance.cfg(2.0), 0.2, 1.5), draw),
 ]
