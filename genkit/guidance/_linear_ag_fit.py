@@ -112,7 +112,7 @@ def fit_linear_ag(
 
     coefficients = np.zeros((stop, 2, 2 * stop + 1))
     errors, fitted, seen = np.full((stop, 2), np.nan), np.ones((stop, 2), bool), None
-    for step in np.flatnonzero(~true):
+    for step in map(int, np.flatnonzero(~true)):
         for kind in (0, 1):
             if places[kind][step] < 0:
                 continue

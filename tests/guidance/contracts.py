@@ -72,9 +72,7 @@ def everything():
 @functools.cache
 def fit():
     table = gk.diffusion.ddim(grid())
-    return g.fit_linear_ag(
-        table, denoiser, g.cfg(2.0), 4, cond=1, shape=(2,), true_steps=[0], stop=2, key=jr.key(0)
-    )
+    return g.fit_linear_ag(table, denoiser, g.cfg(2.0), 4, cond=1, shape=(2,), true_steps=[0], stop=2, key=jr.key(0))
 
 
 def guided(model):
@@ -83,9 +81,7 @@ def guided(model):
 
 def searched():
     table = gk.diffusion.ddim(grid())
-    return g.search_policy(
-        table, denoiser, 2.0, 2, cond=1, shape=(2,), budget=6.0, num_updates=2, key=jr.key(0)
-    )
+    return g.search_policy(table, denoiser, 2.0, 2, cond=1, shape=(2,), budget=6.0, num_updates=2, key=jr.key(0))
 
 
 CASES = [

@@ -11,7 +11,7 @@ import genkit as gk
 
 pytestmark = pytest.mark.usefixtures("x64")
 gd, gg = gk.diffusion, gk.guidance
-NUM = 48
+NUM = 12
 COND = np.arange(NUM) % 4
 
 
@@ -61,9 +61,9 @@ def test_saves_a_fifth_of_the_evaluations_at_a_deviation_of_a_hundredth():
 
 def test_batched_equals_one_by_one():
     guidance = gg.adaptive(gg.cfg(4.0), 0.99)
-    alone = draw(guidance, n=12, batch_size=1)
+    alone = draw(guidance, batch_size=1)
     for plan in ("dynamic", "compact"):
-        together = draw(guidance, plan=plan, n=12)
+        together = draw(guidance, plan=plan)
         np.testing.assert_allclose(together.value, alone.value, rtol=1e-10, atol=1e-12)
         np.testing.assert_array_equal(together.nfe_logical, alone.nfe_logical)
         assert int(together.nfe.sum()) >= int(alone.nfe.sum()) == int(alone.nfe_logical.sum())
@@ -86,15 +86,14 @@ def test_noise_predictions_agree_at_high_noise():
 
 def test_correctors_neither_latch_nor_learn():
     table = gd.heun(gd.karras(8, 0.01, 20.0))
-    draws = draw(gg.adaptive(gg.apg(4.0, momentum=-0.5), 0.9), table=table, n=8)
-    latched = np.asarray(draws.info["latched"])
-    rows = np.asarray(table.corrector)
-    # A latch that a corrector reports is not kept: the state at the next step is that of the last predictor.
-    before = np.concatenate([np.zeros((8, 1), bool), latched[:, ~rows][:, :-1]], axis=1)
-    two = np.repeat(~before, 2, axis=1)[:, : table.num_rows]
-    after = np.concatenate([~before[:, :1] & False, latched[:, ~rows]], axis=1)[:, 1:]
-    two[:, 1::2] = ~after[:, : two[:, 1::2].shape[1]]
-    np.testing.assert_array_equal(draws.nfe_logical, table.num_rows + two.sum(axis=1))
+    draws = draw(gg.adaptive(gg.apg(4.0, momentum=-0.5), 0.9), table=table)
+    # A row needs both unless the predictor of an earlier step latched; the corrector follows its own step's predictor.
+    latched, corrector = np.asarray(draws.info["latched"]), np.asarray(table.corrector)
+    after = latched[:, ~corrector]
+    before = np.concatenate([np.zeros((NUM, 1), bool), after[:, :-1]], axis=1)
+    both = (~before).sum(axis=1) + (~after[:, : corrector.sum()]).sum(axis=1)
+    np.testing.assert_array_equal(draws.nfe_logical, table.num_rows + both)
+    assert 0 < both.min() < table.num_rows
 
 
 def test_policies():
@@ -105,7 +104,7 @@ def test_policies():
     static = draw(gg.cfg(scales), plan="static")
     np.testing.assert_allclose(static.value, table.value, rtol=1e-10)
     assert static.nfe.tolist() == [52] * NUM
-    assert deviation(table, draw(gg.cfg(4.0))) < 0.002
+    assert deviation(table, draw(gg.cfg(4.0))) < 0.005
 
 
 def test_tables_of_another_length():
@@ -116,6 +115,7 @@ def test_tables_of_another_length():
         draw(gg.negative(2.0, 1) + gg.cfg(np.ones(31)))
 
 
+@pytest.mark.slow
 def test_policy_search_beats_equal_policies():
     table = gd.ddim(gd.karras(10, 0.01, 20.0))
     fit = gg.search_policy(table, law(), 4.0, 32, cond=COND[:32], budget=16.0, num_updates=80, key=jr.key(0))
@@ -137,9 +137,7 @@ TRUE = [0, 4, 8, *range(13, 20)]
 def fit():
     with jax.enable_x64(True):
         cond = jnp.arange(200) % 4
-        return gg.fit_linear_ag(
-            TABLE, law(), gg.cfg(4.0), 200, cond=cond, true_steps=TRUE, stop=20, key=jr.key(5)
-        )
+        return gg.fit_linear_ag(TABLE, law(), gg.cfg(4.0), 200, cond=cond, true_steps=TRUE, stop=20, key=jr.key(5))
 
 
 def test_linear_ag(fit):
@@ -157,10 +155,7 @@ def test_linear_ag_refuses_another_draw(fit):
     for name, table in (("the grid", other), ("the table", gd.ddim(gd.karras(32, 0.002, 80.0), eta=0.5))):
         with pytest.raises(ValueError, match=name):
             draw(gg.linear_ag(fit), table=table)
-    scaled = jax.tree.map(lambda leaf: leaf, fit)
-    scaled = gg.LinearFit(
-        gg.cfg(5.0), fit.coefficients, fit.true, fit.stop, fit.error, fit.table, fit.model, fit.scale
-    )
+    scaled = gg.LinearFit(gg.cfg(5.0), fit.coefficients, fit.true, fit.stop, fit.error, fit.table, fit.model, fit.scale)
     with pytest.raises(ValueError, match="the scale differ"):
         draw(gg.linear_ag(scaled))
 
@@ -168,7 +163,9 @@ def test_linear_ag_refuses_another_draw(fit):
 def test_linear_ag_is_exact_where_everything_is_linear():
     # Gaussian pairs of equal covariance: the noise predictions differ by a multiple of one fixed vector, which true
     # steps reveal, so that predictions are exact; with corrector rows, too.
-    pair = gd.MixtureDenoiser(jnp.ones(2), jnp.asarray([[0.0, 0.0], [1.0, 2.0]]), jnp.asarray(0.25), labels=[0, 1])
+    pair = gd.MixtureDenoiser(
+        jnp.ones(2), jnp.asarray([[0.0, 0.0], [1.0, 2.0]]), jnp.asarray(0.25), labels=np.array([0, 1])
+    )
     away = gg.negative(2.0, 0)
     for table in (gd.ddim(gd.karras(8, 0.05, 5.0)), gd.heun(gd.karras(6, 0.05, 5.0))):
         start = table.num_steps
@@ -218,8 +215,8 @@ def test_wrong_fits(change, says):
         (lambda: gg.adaptive(gg.cfg(2.0), np.nan), ValueError, "threshold"),
         (lambda: gg.policy(gg.cfg(2.0), [1.0, 0.0]), ValueError, "active"),
         (lambda: gg.step_adaptive(gg.cfg(2.0), -1), ValueError, "num_steps"),
-        (lambda: gg.linear_ag(3), TypeError, "fit_linear_ag"),
-        (lambda: gg.cfg(lambda sigma: sigma), TypeError, "OfNoise"),
+        (lambda: gg.linear_ag(3), TypeError, "fit"),
+        (lambda: gg.cfg(lambda sigma: sigma), TypeError, "scale"),
     ],
 )
 def test_wrong_values(make, error, says):

@@ -103,16 +103,26 @@ def test_products_by_weights(weights, parts):
 def test_exact_guidance_differs_from_guidance():
     # D2: (m, s_c, s_u) = (1, 1/2, 1), w = 2: tilted mean 1.143 and standard deviation .378; guidance 1.373, .252.
     k = 2048
-    exact = gk.sample(FINE, pair(), k, shape=(1,), cond=0, guidance=gg.fkc({"given": 2.0, None: -1.0}, k), key=jr.key(4))
-    guided = gk.sample(gd.heun(gd.karras(64, 0.002, 80.0)), pair(), k, shape=(1,), cond=0, guidance=gg.cfg(2.0), key=jr.key(4))
+    exact = gk.sample(
+        FINE, pair(), k, shape=(1,), cond=0, guidance=gg.fkc({"given": 2.0, None: -1.0}, k), key=jr.key(4)
+    )
+    guided = gk.sample(
+        gd.heun(gd.karras(64, 0.002, 80.0)), pair(), k, shape=(1,), cond=0, guidance=gg.cfg(2.0), key=jr.key(4)
+    )
     error = z_score(2) / np.sqrt(k / 10)
-    assert abs(float(exact.value.mean()) - 1.143) < 0.378 * error and abs(float(exact.value.std()) - 0.378) < 0.378 * error
+    assert (
+        abs(float(exact.value.mean()) - 1.143) < 0.378 * error and abs(float(exact.value.std()) - 0.378) < 0.378 * error
+    )
     assert abs(float(guided.value.mean()) - 1.373) < 0.252 * error and float(guided.value.std()) < 0.3
 
 
 def test_populations_want_noise():
     for guidance, name in ((gg.steer(lambda x0: x0[0], 4), "steer"), (gg.fkc({0: 2.0}, 4), "fkc")):
-        for table in (gd.ddim(gd.karras(8, 0.1, 5.0)), gd.heun(gd.karras(8, 0.1, 5.0)), gd.ddim(gd.karras(8, 0.1, 5.0), 0.5)):
+        for table in (
+            gd.ddim(gd.karras(8, 0.1, 5.0)),
+            gd.heun(gd.karras(8, 0.1, 5.0)),
+            gd.ddim(gd.karras(8, 0.1, 5.0), 0.5),
+        ):
             with pytest.raises(ValueError, match=rf"{name}.*noise.*ancestral"):
                 gk.sample(table, pair(), 4, shape=(1,), guidance=guidance, key=jr.key(0))
 
@@ -162,7 +172,9 @@ def test_reflection_is_guidance_by_the_weak_model_to_first_order(x64):
     ratio = []
     for step in (0.02, 0.01):
         grid = np.array([1.0, 1.0 - step, 0.9])
-        run = lambda g, grid=grid: float(gk.sample(gd.ddim(grid), strong, 1, x_init=x, guidance=g, key=jr.key(0)).value[0, 0])
+        run = lambda g, grid=grid: float(
+            gk.sample(gd.ddim(grid), strong, 1, x_init=x, guidance=g, key=jr.key(0)).value[0, 0]
+        )
         score = float(strong(x[0], 1.0)[0] - weak(x[0], 1.0)[0])
         ratio.append((run(gg.reflect(weak)) - run(None)) / (step * score))
     # What is left of the move after the rest of the flow, the same for both; the rest is of second order.

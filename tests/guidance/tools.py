@@ -35,7 +35,14 @@ def predict(guidance, model=None, *, sigma=0.8, sigma_next=0.5, step=2, correcto
     def run(guidance, model, carry):
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(jnp.arange(len(x)))
         level = lambda s: jnp.asarray(s, x.dtype)
-        place = (level(sigma), level(sigma), level(sigma_next), jnp.asarray(step), jnp.asarray(8), jnp.asarray(corrector))
+        place = (
+            level(sigma),
+            level(sigma),
+            level(sigma_next),
+            jnp.asarray(step),
+            jnp.asarray(8),
+            jnp.asarray(corrector),
+        )
         ctx = Context(x, *place, cond, keys)
         carry = jax.vmap(guidance.init)(x) if carry is None else carry
         return Runner(model, guidance, plan, False)(ctx, carry)
