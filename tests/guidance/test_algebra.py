@@ -274,7 +274,7 @@ LOGITS = np.array([[2.0, 1.0, 0.5, 0.0], [0.0, 3.0, 1.0, 0.5], [3.0, 0.0, 1.0, 0
 
 def gfcg(**kwargs):
     """Logits by the number of the example, which its prediction tells."""
-    x, c, _, _ = parts()
+    _x, c, _, _ = parts()
     which = lambda x0: jnp.argmin(jnp.sum((jnp.asarray(c) - x0) ** 2, axis=1))
     return gg.gfcg(lambda x0: jnp.asarray(LOGITS)[which(x0)], 5.0, **kwargs)
 
@@ -311,7 +311,7 @@ def test_gfcg_falls_back():
     value = predict(gfcg(skip_below=2.0 / 3, base_scale=1.5, weak=weak))[0]
     close(np.asarray(value)[calm], (c + 0.5 * (c - 0.1 * x - 0.01 * (np.arange(5) % 4)[:, None]))[calm])
     # The likeliest of all as reference; none where it is the class itself.
-    value, _, reports, _ = predict(gfcg(reference="top"))
+    value, _, _reports, _ = predict(gfcg(reference="top"))
     top = p.argmax(1)
     against = np.where(
         (top == np.arange(5) % 4)[:, None],
