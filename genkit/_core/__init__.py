@@ -16,6 +16,8 @@ from ._guidance import (
     StepEvent as StepEvent,
     StepTransform as StepTransform,
 )
+from ._guidance_algebra import AbstractPost as AbstractPost
+from ._guided import Guided as Guided
 from ._host import AbstractHost as AbstractHost
 from ._infer import Posterior as Posterior, infer as infer
 from ._measure import (

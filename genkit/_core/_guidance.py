@@ -151,6 +151,18 @@ class Guidance(eqx.Module):
             The guided `x0`, the new carry, and a dict of arrays to report: `Draws.info` holds them per draw and row.
         """
 
+    def __add__(self, other: Any) -> "Guidance":
+        """Sum of what both guidances add to their plain predictions; equal evaluations are made once."""
+        from ._guidance_algebra import add
+
+        return add(self, other) if isinstance(other, Guidance) else NotImplemented
+
+    def __rshift__(self, post: Any) -> "Guidance":
+        """This guidance with an operation on the guided prediction behind it."""
+        from ._guidance_algebra import AbstractPost, Posted
+
+        return Posted(self, post) if isinstance(post, AbstractPost) else NotImplemented
+
 
 class StepTransform(eqx.Module):
     """Acts on the state between solver steps: reflection, time travel, Langevin corrections, projections.

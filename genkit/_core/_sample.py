@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ._checks import NonFiniteError, check, check_count, check_finite, check_key, describe, is_concrete
 from ._draws import Draws
+from ._guidance_checks import check_guidance
 from ._sampler import AbstractSampler, Sampler, as_sampler, at_steps
 
 
@@ -78,6 +79,7 @@ def sample(
     shape = _shape(shape, denoiser, x_init)
     cond = _check_cond(cond, denoiser, num_samples, block)
     if isinstance(sampler, Sampler):
+        check_guidance(sampler.guidance, sampler.table, denoiser, cond)
         sampler = sampler.prepared(shape, cond)
     batches = []
     starts = range(0, num_samples, size)

@@ -1,5 +1,8 @@
 """Contract cases of guidance, used as it is meant to be: inside a draw."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 from contract import Case
@@ -7,17 +10,112 @@ from contract import Case
 import genkit as gk
 
 
+g = gk.guidance
+
+
 def denoiser(x, sigma, cond=None):
     mean = 0.0 if cond is None else jnp.where(cond < 0, 0.0, 1.0 * cond)
     return mean + (x - mean) / (1 + sigma**2)
 
 
+def weak(x, sigma, cond=None):
+    return 0.9 * denoiser(x, sigma, cond) + 0.01
+
+
+def grid():
+    return gk.diffusion.karras(4, 0.1, 2.0)
+
+
 def draw(guidance):
-    sampler = gk.diffusion.ddim(gk.diffusion.karras(4, 0.1, 2.0))
-    return gk.sample(sampler, denoiser, 3, shape=(2,), cond=1, guidance=guidance, key=jr.key(0)).value
+    table = gk.diffusion.ddim(grid())
+    return gk.sample(table, denoiser, 3, shape=(2,), cond=1, guidance=guidance, key=jr.key(0)).value
+
+
+def steered(guidance):
+    table = gk.diffusion.ancestral(grid())
+    return gk.sample(table, denoiser, 4, shape=(2,), cond=1, guidance=guidance, key=jr.key(0)).value
+
+
+def scaled(weight):
+    return draw(g.cfg(weight))
+
+
+def mapped(change):
+    return draw(g.Direction(g.Slot("uncond", cond="null"), change, 3.0))
+
+
+def posted(post):
+    return draw(g.cfg(3.0) >> post)
+
+
+def logits(x0):
+    return jnp.stack([x0[0], -x0[0], x0[1]])
+
+
+def log_prob(x, sigma, cond):
+    return -jnp.sum((x - cond) ** 2) / (1 + sigma**2)
+
+
+def loss(x0):
+    return jnp.sum(x0**2)
+
+
+def reward(x0):
+    return -jnp.sum(x0**2)
+
+
+def everything():
+    first = g.interval(g.cfg(2.0), 0.2, 1.5) + g.apg(3.0, norm_threshold=1.0, momentum=-0.5) + g.negative(1.5, 2)
+    return first + g.perpneg(1.2, 2) + g.autoguide(weak, 1.5) >> g.Rescale(0.5)
+
+
+@functools.cache
+def fit():
+    table = gk.diffusion.ddim(grid())
+    return g.fit_linear_ag(table, denoiser, g.cfg(2.0), 4, cond=1, shape=(2,), true_steps=[0], stop=2, key=jr.key(0))
+
+
+def guided(model):
+    return model(jnp.ones(2), jnp.asarray(0.7), jnp.asarray(1))
+
+
+def searched():
+    table = gk.diffusion.ddim(grid())
+    return g.search_policy(table, denoiser, 2.0, 2, cond=1, shape=(2,), budget=6.0, num_updates=2, key=jr.key(0))
 
 
 CASES = [
-    Case("CFG", lambda: gk.guidance.cfg(2.0), draw),
-    Case("Interval", lambda: gk.guidance.interval(gk.guidance.cfg(2.0), 0.2, 1.5), draw),
+    Case("Linear", lambda: g.cfg(2.0), draw),
+    Case("Sum, gates, directions and an operation behind", everything, draw, eager=False),
+    Case("adaptive", lambda: g.adaptive(g.cfg(2.0), 0.999), draw),
+    Case("gfcg", lambda: g.gfcg(logits, 3.0), draw),
+    Case("classifier", lambda: g.classifier(log_prob, 0.5), draw),
+    Case("loss_guidance", lambda: g.loss_guidance(loss, 0.5, num_draws=2), draw),
+    Case("loss_guidance, dps", lambda: g.loss_guidance(loss, 0.5, step="dps"), draw, eager=False),
+    Case("linear_ag", fit, lambda f: draw(g.linear_ag(f)), vmap=False, eager=False, dtype=False),
+    Case("LinearFit", fit),
+    Case("PolicyFit", searched),
+    Case("Constant", lambda: g.Constant(2.0), scaled, eager=False),
+    Case("PerStep", lambda: g.PerStep([2.0, 3.0, 1.0, 2.0]), scaled, eager=False),
+    Case("Ramp", lambda: g.Ramp(1.0, 3.0, 2.0), scaled, eager=False),
+    Case("PowerCosine", lambda: g.PowerCosine(3.0, 2.0), scaled, eager=False),
+    Case("OfNoise", lambda: g.OfNoise(jnp.exp), scaled, eager=False, grad=False, vmap=False),
+    Case("PlusPlus", lambda: g.PlusPlus(0.6), scaled, eager=False),
+    Case("Direction", lambda: g.apg(3.0, norm_rms=0.5, momentum=-0.5), draw, eager=False),
+    Case("Damp", lambda: g.Damp(1.0), mapped, eager=False),
+    Case("Rescale", lambda: g.Rescale(0.7), posted, eager=False),
+    Case("DynamicThreshold", lambda: g.DynamicThreshold(0.9, 0.5), posted, eager=False),
+    Case("NormCap", g.NormCap, posted, eager=False, grad=False, vmap=False),
+    Case("Guided", lambda: g.Guided(denoiser, g.cfg(2.0)), guided, eager=False),
+    Case("reflect", lambda: g.reflect(weak, 0.2, 1.5), draw, eager=False, zero_grad=True),
+    Case("steer", lambda: g.steer(reward, 2), steered, eager=False, zero_grad=True),
+    Case("fkc", lambda: g.fkc({1: 2.0, None: -0.5}, 2), steered, eager=False),
+    Case("Slot", lambda: g.Slot("uncond", cond="null")),
+    Case("Context", lambda: context()),
 ]
+
+
+def context():
+    zero = jnp.zeros(())
+    step = jnp.zeros((), jnp.int32)
+    return g.Context(jnp.zeros(2), zero, zero, zero, step, step, jnp.asarray(False), None, jax.random.key(0))

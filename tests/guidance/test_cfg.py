@@ -165,7 +165,7 @@ def test_unlabelled_draws_need_a_condition():
     ("make", "says"),
     [
         (lambda: gg.cfg(np.nan), "scale"),
-        (lambda: gg.cfg(np.array([1.0, 2.0])), "scale"),
+        (lambda: gg.cfg(np.ones((2, 2))), "scale"),
         (lambda: gg.interval(gg.cfg(2.0), 2.0, 1.0), "sigma_lo"),
         (lambda: gg.interval(gg.cfg(2.0), -1.0, 1.0), "sigma_lo"),
         (lambda: gg.interval(gg.cfg(2.0), np.nan, 1.0), "sigma_lo"),

@@ -1,0 +1,104 @@
+"""Adaptive guidance: stop guiding a draw once its two predictions agree."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float
+
+from genkit._core import Context, Guidance, Prediction, Slot
+from genkit._core._checks import check, check_choice, check_interval, describe
+from genkit._core._fields import as_number
+
+from ._gates import harmless
+from ._vectors import cosine
+
+
+class Adaptive(Guidance):
+    """Another guidance until the first two predictions of a draw agree; from the next step on the plain prediction."""
+
+    guidance: Guidance
+    threshold: Float[Array, ""] = eqx.field(converter=as_number)
+    space: str = eqx.field(static=True)
+    hysteresis: bool = eqx.field(static=True)
+
+    def __check_init__(self) -> None:
+        """Refuse guidances with nothing to compare, and unknown spaces."""
+        if not isinstance(self.guidance, Guidance):
+            raise TypeError(f"`guidance` must be a genkit guidance; got {describe(self.guidance)}.")
+        names = [slot.name for slot in self.guidance.slots()]
+        check(len(names) > 1, "guidance", "one that compares two predictions", f"the slots {names}")
+        check_choice("space", self.space, ("x0", "eps"))
+        check_interval("threshold", self.threshold, -1)
+
+    def slots(self) -> tuple[Slot, ...]:
+        """Those of the guidance."""
+        return self.guidance.slots()
+
+    def init(self, x: Float[Array, " *shape"]) -> Any:
+        """Neither armed nor latched, beside the carry of the guidance."""
+        armed = jnp.asarray(self.space == "x0" or not self.hysteresis)
+        return {"inner": self.guidance.init(x), "armed": armed, "latched": jnp.asarray(False)}
+
+    def plan(self, carry: Any, ctx: Context) -> Mapping[str, bool | Bool[Array, ""]]:
+        """What the guidance needs before the latch, the plain prediction after it."""
+        guided, plain = ~carry["latched"], self.slots()[0].name
+        needs = {name: guided & need for name, need in self.guidance.plan(carry["inner"], ctx).items()}
+        return needs | {plain: needs.get(plain, False) | ~guided}
+
+    def combine(
+        self, preds: Mapping[str, Prediction], ctx: Context, carry: Any
+    ) -> tuple[Float[Array, " *shape"], Any, dict[str, Array]]:
+        """Combine before the latch, and compare."""
+        first, second = (preds[slot.name] for slot in self.slots()[:2])
+        guided = ~carry["latched"]
+        x0, new, aux = self.guidance.combine(harmless(preds, first, guided), ctx, carry["inner"])
+        inner = jax.tree.map(lambda old, fresh: jnp.where(guided, fresh, old), carry["inner"], new)
+        seen = guided & first.present & second.present
+        # The common factor 1 / sigma of eps does not change a cosine.
+        a, b = (p.x0 if self.space == "x0" else ctx.x - p.x0 for p in (first, second))
+        # In bfloat16 and less a cosine near 1 has no digits left: `cosine` works in float32 at least.
+        similar = jax.lax.stop_gradient(cosine(a, b))
+        agree = similar >= self.threshold
+        # Noise predictions agree at high noise too, so that there it takes a disagreement first.
+        latched = carry["latched"] | (seen & carry["armed"] & agree)
+        armed = carry["armed"] | (seen & ~agree)
+        report = {"similarity": jnp.where(seen, similar, jnp.nan), "latched": latched}
+        return jnp.where(guided, x0, first.x0), {"inner": inner, "armed": armed, "latched": latched}, aux | report
+
+
+def adaptive(
+    guidance: Guidance, threshold: Float[ArrayLike, ""] | float = 0.99, space: str = "x0", *, hysteresis: bool = True
+) -> Adaptive:
+    r"""Adaptive guidance: stop guiding once the conditional and the other prediction agree, and save the evaluation.
+
+    Every draw has a latch of its own: when the cosine between its first two predictions reaches the threshold, it takes
+    plain predictions from the next step on, for good. `plan="compact"` of `genkit.Sampler` evaluates the draws that still
+    need both in batches of their own; otherwise the second evaluation stops with the last of the batch.
+
+    Predictions of the data are compared by default. The published rule compares predictions of the noise, which agree
+    at high noise as well (both are nearly `x / sigma`), so that there a draw can latch only after a disagreement.
+
+    Args:
+        guidance: any guidance with at least two slots, of which the first is the plain prediction.
+        threshold: cosine from which two predictions agree; above 1 never.
+        space: `"x0"` compares predictions of the data, `"eps"` of the noise, as published.
+        hysteresis: with `"eps"`, wait for a disagreement first; without it the published rule to the letter.
+
+    Returns:
+        A guidance. `Draws.info` holds `similarity` (NaN where not compared) and `latched` per row.
+
+    Raises:
+        TypeError: if `guidance` is none.
+        ValueError: if it has one slot only, the space is unknown or the threshold below -1.
+
+    Example:
+        >>> import genkit as gk
+        >>> guidance = gk.guidance.adaptive(gk.guidance.cfg(7.5), 0.99)
+
+    Source: Castillo et al., "Adaptive Guidance: Training-free Acceleration of Conditional Diffusion Models", AAAI 2025,
+    section 4; the comparison of data predictions and the wait for a disagreement are ours.
+    """  # noqa: E501
+    return Adaptive(guidance, threshold, space, hysteresis)

@@ -1,0 +1,290 @@
+"""Populations: Feynman-Kac steering by a reward, and exact products of conditional laws by weights."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
+
+from genkit._core import (
+    Context,
+    Guidance,
+    Hooks,
+    Population,
+    Prediction,
+    Slot,
+    StepEvent,
+    effective_sample_size,
+    systematic_resample,
+)
+from genkit._core._checks import check, check_count, check_interval, describe, is_concrete
+from genkit._core._fields import as_number
+
+from ._linear import as_condition
+from ._vectors import inner
+from ._weights import Scale, as_weight
+
+
+class Particles(eqx.Module):
+    """When particles are resampled, and what is kept of their weights."""
+
+    ess: Float[Array, ""] = eqx.field(converter=as_number)
+    every: Int[Array, ""] = eqx.field(converter=jnp.asarray)
+    num_particles: int = eqx.field(static=True)
+    resample_last: bool = eqx.field(static=True)
+
+    def __check_init__(self) -> None:
+        """Refuse numbers out of range."""
+        check_count("num_particles", self.num_particles, 2)
+        check_interval("ess", self.ess, 0, 1)
+        check_interval("every", self.every, 1)
+
+    def init(self, x: Array) -> dict[str, Array]:
+        """Equal weights."""
+        zero = jnp.zeros((), x.dtype)
+        return {"log_weights": jnp.zeros(self.num_particles, x.dtype), "log_evidence": zero, "ess": zero}
+
+    def update(self, increments: Array, carry: dict[str, Array], ctx: Context) -> tuple[Array, dict[str, Array]]:
+        """Weigh, and resample where the effective number is low or the draw ends."""
+        log_weights = carry["log_weights"] + increments.astype(carry["log_weights"].dtype)
+        size = effective_sample_size(log_weights)
+        last = ctx.step == ctx.num_steps - 1
+        due = ((ctx.step + 1) % self.every == 0) & (size < self.ess * self.num_particles)
+        # A population whose weights have all died stays as it is; its evidence says so.
+        sound = jnp.isfinite(jnp.max(log_weights))
+        due = jnp.where(last, self.resample_last, due) & sound
+        safe = jnp.where(sound, log_weights, 0)
+        ancestors = jnp.where(due, systematic_resample(safe, key=ctx.key), jnp.arange(self.num_particles))
+        mean = jax.nn.logsumexp(log_weights) - np.log(self.num_particles)
+        settled = due | last
+        return ancestors, {
+            "log_weights": jnp.where(due, 0, log_weights),
+            "log_evidence": carry["log_evidence"] + jnp.where(settled, mean, 0),
+            "ess": jnp.where(last, size, carry["ess"]),
+        }
+
+
+class Steer(Population):
+    """Weights by what a reward of the prediction gains from step to step."""
+
+    reward: Callable
+    particles: Particles
+
+    @property
+    def num_particles(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Particles per population."""
+        return self.particles.num_particles
+
+    def init(self, x: Float[Array, " k *shape"]) -> Any:
+        """No reward so far."""
+        return self.particles.init(x) | {"reward": jnp.zeros(len(x), x.dtype), "failed": jnp.zeros((), jnp.int32)}
+
+    def update(self, event: StepEvent, carry: Any, ctx: Context) -> tuple[Int[Array, " k"], Any]:
+        """Weigh by the gain in reward; after the last step by that of the draw itself."""
+        last = ctx.step == ctx.num_steps - 1
+        reward = jax.vmap(self.reward)(jnp.where(last & (ctx.sigma == 0), event.x, event.x0))
+        check(
+            reward.shape == (len(event.x),), "reward", "a function that returns a scalar", f"shape {reward.shape[1:]}"
+        )
+        lost = jnp.isnan(reward)
+        reward = jnp.where(lost, -jnp.inf, reward).astype(carry["reward"].dtype)
+        # A particle that was lost stays lost until it is resampled: -inf minus -inf is no gain.
+        gain = jnp.where(jnp.isneginf(reward), -jnp.inf, reward - carry["reward"])
+        ancestors, new = self.particles.update(gain, carry, ctx)
+        kept = jnp.where(jnp.isneginf(reward), 0, reward)[ancestors]
+        return ancestors, new | {"reward": kept, "failed": carry["failed"] + jnp.sum(lost)}
+
+    def report(self, carry: Any) -> dict[str, Array]:
+        """Evidence, weights, and how many rewards were NaN."""
+        names = ("log_evidence", "log_weights", "ess")
+        return {name: carry[name] for name in names} | {"reward_failed": carry["failed"]}
+
+    def check_draw(self, table: Any, model: Any, cond: Any) -> None:
+        """Refuse samplers that add no noise."""
+        check_noise("steer", table)
+
+
+def steer(
+    reward: Callable,
+    num_particles: int,
+    ess: Float[ArrayLike, ""] | float = 0.5,
+    every: int = 1,
+    *,
+    resample_last: bool = True,
+) -> Steer:
+    r"""Feynman-Kac steering: particles weighed by a reward of the predicted data, and resampled; no gradients.
+
+    Blocks of `num_particles` consecutive draws are one population. After step $t$ its particles are weighed by
+    $e^{r(D_t) - r(D_{t-1})}$, so that the weights of a path multiply to $e^{r(x)}$ of the draw $x$: with many particles the
+    draws follow $p(x)\, e^{r(x)}$. With few they do not quite: the bias of the order of one over their number is real.
+
+    Args:
+        reward: `x0 -> scalar`, its weight included; NaN removes the particle.
+        num_particles: particles per population, at least 2; the number of draws is a multiple of it.
+        ess: resample when the effective number of particles falls below this fraction, from 0 (never) to 1.
+        every: steps between two looks at it.
+        resample_last: resample after the last step, so that the draws count equally; otherwise weigh them by
+            `info["log_weights"]`.
+
+    Returns:
+        A population; pass it as `guidance`, alone or in a tuple, with a sampler that adds noise. `Draws.info` holds, per
+        population, `log_evidence` (an estimate of $\log E[e^{r}]$, unbiased before the logarithm), `log_weights`, `ess`
+        of the last step, and `reward_failed`, the number of rewards that were NaN.
+
+    Raises:
+        TypeError: if the reward cannot be called.
+        ValueError: for numbers out of range; when drawing, with a deterministic sampler or a reward that is no scalar.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import genkit as gk
+        >>> law = gk.diffusion.GaussianDenoiser(jnp.zeros(1), jnp.array(1.0))
+        >>> table = gk.diffusion.ancestral(gk.diffusion.karras(50, 0.01, 10.0))
+        >>> steering = gk.guidance.steer(lambda x0: 2.0 * x0[0], num_particles=64)
+        >>> draws = gk.sample(table, law, 128, guidance=steering, key=jax.random.key(0))
+        >>> draws.info["log_evidence"].shape
+        (2,)
+
+    Source: Singhal et al., "A General Framework for Inference-time Scaling and Steering of Diffusion Models", ICML 2025,
+    the potential called "difference".
+    """  # noqa: E501
+    if not callable(reward):
+        raise TypeError(f"`reward` must be a callable x0 -> scalar; got {describe(reward)}.")
+    return Steer(reward, Particles(ess, every, num_particles, resample_last))
+
+
+class Product(Guidance):
+    """The drift of a product of conditional laws, and the rate of its weights."""
+
+    predictions: tuple[Slot, ...]
+    weights: tuple[Any, ...]
+
+    def slots(self) -> tuple[Slot, ...]:
+        """The factors."""
+        return self.predictions
+
+    def init(self, x: Float[Array, " *shape"]) -> None:
+        """No carry."""
+        return
+
+    def plan(self, carry: Any, ctx: Context) -> Mapping[str, bool | Bool[Array, ""]]:
+        """What has a weight."""
+        return {slot.name: w(ctx) != 0 for slot, w in zip(self.predictions, self.weights, strict=True)}
+
+    def combine(
+        self, preds: Mapping[str, Prediction], ctx: Context, carry: Any
+    ) -> tuple[Float[Array, " *shape"], Any, dict[str, Array]]:
+        """The weighted sum of scores as a prediction, and the rate of the log-weight."""
+        total, squares = jnp.zeros_like(ctx.x), jnp.zeros((), ctx.x.dtype)
+        for slot, weight in zip(self.predictions, self.weights, strict=True):
+            w, pred = weight(ctx).astype(ctx.x.dtype), preds[slot.name]
+            shift = jnp.where(pred.present, pred.x0 - ctx.x, 0)  # sigma^2 times the score
+            total, squares = total + w * shift, squares + w * inner(shift, shift).astype(ctx.x.dtype)
+        rate = (inner(total, total).astype(ctx.x.dtype) - squares) / ctx.sigma**4
+        excess = sum((w(ctx) for w in self.weights), jnp.zeros(())) - 1
+        return ctx.x + total, carry, {"fkc_rate": rate, "fkc_excess": excess.astype(ctx.x.dtype)}
+
+
+class Corrected(Population):
+    """Feynman-Kac weights that make the product exact."""
+
+    particles: Particles
+
+    @property
+    def num_particles(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Particles per population."""
+        return self.particles.num_particles
+
+    def init(self, x: Float[Array, " k *shape"]) -> Any:
+        """Equal weights."""
+        return self.particles.init(x)
+
+    def update(self, event: StepEvent, carry: Any, ctx: Context) -> tuple[Int[Array, " k"], Any]:
+        """Weigh by the rate over the step; in the first step also for starting from one Gaussian."""
+        gain = event.aux["fkc_rate"] * (ctx.sigma_start**2 - ctx.sigma**2) / 2
+        size, level = event.x_prev[0].size, ctx.sigma_start
+        square = jax.vmap(inner)(event.x_prev, event.x_prev) / level**2
+        start = -event.aux["fkc_excess"] * (square + size * jnp.log(2 * jnp.pi * level**2)) / 2
+        return self.particles.update(gain + jnp.where(ctx.step == 0, start, 0), carry, ctx)
+
+    def report(self, carry: Any) -> dict[str, Array]:
+        """Evidence and weights."""
+        return {name: carry[name] for name in ("log_evidence", "log_weights", "ess")}
+
+    def check_draw(self, table: Any, model: Any, cond: Any) -> None:
+        """Refuse samplers whose steps are not those of the reverse diffusion."""
+        check_noise("fkc", table)
+
+
+def fkc(
+    weights: Mapping[Any, Scale],
+    num_particles: int,
+    *,
+    ess: Float[ArrayLike, ""] | float = 0.5,
+    every: int = 1,
+    resample_last: bool = True,
+) -> Hooks:
+    r"""Exact draws from a product of conditional laws, $\prod_i p_i(x)^{w_i}$, by Feynman-Kac weights.
+
+    Linear guidance with these weights does not draw from the product, because noising does not commute with
+    multiplication. Here particles follow the reverse diffusion with the score $\sum_i w_i s_i$ and are weighed by
+
+    $$d \log W = \tfrac12 \Big( \big\| \textstyle\sum_i w_i s_i \big\|^2 - \sum_i w_i \|s_i\|^2 \Big)\, d\sigma^2,$$
+
+    which makes them exact in the limit of many particles and small steps. The weights need not sum to one: `{3: 2.0}` is
+    the square of a law, `{3: 1.0, 5: 1.0, None: -1.0}` a product of experts over a prior.
+
+    Args:
+        weights: condition to weight $w_i$; the key `None` stands for no condition, `"given"` for that of the draw.
+            `{"given": w, None: 1 - w}` is what `cfg(w)` is often said to draw from.
+        num_particles: particles per population, at least 2; the number of draws is a multiple of it.
+        ess: resample when the effective number of particles falls below this fraction, from 0 (never) to 1.
+        every: steps between two looks at it.
+        resample_last: resample after the last step; otherwise weigh the draws by `info["log_weights"]`.
+
+    Returns:
+        Hooks to pass as `guidance`, with `ancestral(grid)` or `euler_maruyama(grid)`. `Draws.info` holds, per population,
+        `log_evidence` (an estimate of $\log \int \prod_i p_i^{w_i}$), `log_weights` and `ess` of the last step.
+
+    Raises:
+        ValueError: for no weights or numbers out of range; when drawing, with a sampler of another kind.
+
+    Example:
+        >>> import genkit as gk
+        >>> hooks = gk.guidance.fkc({"given": 2.0, None: -1.0}, num_particles=256)
+
+    Source: Skreta et al., "Feynman-Kac Correctors in Diffusion", ICML 2025; the rule for any weights is derived here.
+    """  # noqa: E501
+    check(len(weights) > 0, "weights", "a dict of at least one condition", "an empty one")
+    slots = tuple(_factor(cond) for cond in weights)
+    product = Product(slots, tuple(as_weight(w) for w in weights.values()))
+    return Hooks(product, (), Corrected(Particles(ess, every, num_particles, resample_last)))
+
+
+def _factor(cond: Any) -> Slot:
+    """The evaluation of a factor."""
+    if cond is None:
+        return Slot("uncond", cond="null")
+    if isinstance(cond, str):
+        check(cond == "given", "weights", "a dict over conditions, None and 'given'", repr(cond))
+        return Slot("cond")
+    return Slot(f"cond_{cond}", cond=as_condition(cond))
+
+
+def check_noise(name: str, table: Any) -> None:
+    """Refuse tables whose steps are not first-order steps of the reverse diffusion."""
+    if not all(map(is_concrete, jax.tree.leaves(table))):
+        return
+    s, t = np.asarray(table.sigma_start, np.float64), np.asarray(table.sigma_next, np.float64)
+    on = np.asarray(table.evaluate)
+    s, t, kept, fresh = s[on], t[on], np.asarray(table.a, np.float64)[on], np.asarray(table.c, np.float64)[on]
+    euler = np.isclose(fresh**2, s**2 - t**2, rtol=1e-4)
+    bridge = np.isclose(fresh**2, t**2 * (1 - (t / s) ** 2), rtol=1e-4)
+    steps = len(s) == table.num_steps and bool(np.all((euler | bridge) & np.isclose(kept, (t / s) ** 2, rtol=1e-4)))
+    hint = "Use `gk.diffusion.ancestral(grid)` or `gk.diffusion.euler_maruyama(grid)`."
+    what = f"first-order steps of the reverse diffusion with `{name}`, whose particles part through its noise"
+    check(steps, "sampler", what, "a table of another kind", hint)

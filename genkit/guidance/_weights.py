@@ -1,0 +1,238 @@
+"""Scales that change from step to step: functions of where a draw stands."""
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float
+
+from genkit._core import Context
+from genkit._core._checks import check, check_finite, describe, is_concrete
+from genkit._core._fields import as_number
+
+
+class AbstractWeight(eqx.Module):
+    """A scale as a function of noise level and step; it may know the next noise level.
+
+    Args:
+        needs_grid: whether it uses step numbers or the next noise level, which adaptive solvers do not have.
+    """
+
+    needs_grid: eqx.AbstractVar[bool]
+
+    @abc.abstractmethod
+    def __call__(self, ctx: Context) -> Float[Array, ""]:
+        """The scale now.
+
+        Args:
+            ctx: where the draw stands. Use `sigma_start`, `sigma_next`, `step` and `num_steps`, so that all evaluations
+                of a step agree.
+
+        Returns:
+            A scalar.
+        """
+
+
+class Constant(AbstractWeight):
+    """The same scale at every step.
+
+    Args:
+        value: the scale.
+
+    Raises:
+        ValueError: if the scale is no scalar.
+        NonFiniteError: for NaN or infinity.
+
+    Example:
+        >>> import genkit as gk
+        >>> float(gk.guidance.Constant(2.0).value)
+        2.0
+    """
+
+    value: Float[Array, ""] = eqx.field(converter=as_number)
+    needs_grid: bool = eqx.field(default=False, init=False, static=True)
+
+    def __check_init__(self) -> None:
+        """Refuse scales that are not one finite number."""
+        check(self.value.ndim == 0, "scale", "a scalar", self.value)
+        check_finite("scale", self.value)
+
+    def __call__(self, ctx: Context) -> Float[Array, ""]:
+        """The constant."""
+        return self.value
+
+
+class PerStep(AbstractWeight):
+    """A table of scales, one per step: a policy. At scale 1 or 0 a step takes one evaluation.
+
+    Args:
+        values: scales `(num_steps,)`.
+
+    Raises:
+        ValueError: if they are not one-dimensional; when drawing, if there is not one per step.
+        NonFiniteError: for NaN or infinity.
+
+    Example:
+        >>> import genkit as gk
+        >>> table = gk.diffusion.ddim(gk.diffusion.karras(4, 0.1, 10.0))
+        >>> gk.guidance.PerStep([4.0, 4.0, 1.0, 1.0]).values.shape == (table.num_steps,)
+        True
+    """
+
+    values: Float[Array, " num_steps"] = eqx.field(converter=as_number)
+    needs_grid: bool = eqx.field(default=True, init=False, static=True)
+
+    def __check_init__(self) -> None:
+        """Refuse anything but a finite column."""
+        check(self.values.ndim == 1 and self.values.size > 0, "scale", "a scalar or one per step", self.values)
+        check_finite("scale", self.values)
+
+    def __call__(self, ctx: Context) -> Float[Array, ""]:
+        """The entry of the step."""
+        return self.values[ctx.step]
+
+    def check_draw(self, table: Any, model: Any, cond: Any) -> None:
+        """Refuse another number of steps."""
+        check_steps("scale", self.values, table)
+
+
+class Ramp(AbstractWeight):
+    r"""From one scale to another over the steps: $w = a + (b - a) u^p$, $u$ from 0 in the first step to 1 in the last.
+
+    Args:
+        first: scale $a$ of the first step.
+        last: scale $b$ of the last step.
+        power: exponent $p$, positive: 1 is linear.
+
+    Example:
+        >>> import genkit as gk
+        >>> guidance = gk.guidance.cfg(gk.guidance.Ramp(1.0, 5.0))
+    """
+
+    first: Float[Array, ""] = eqx.field(converter=as_number)
+    last: Float[Array, ""] = eqx.field(converter=as_number)
+    power: Float[Array, ""] = eqx.field(converter=as_number, default=1.0)
+    needs_grid: bool = eqx.field(default=True, init=False, static=True)
+
+    def __call__(self, ctx: Context) -> Float[Array, ""]:
+        """The scale of the step."""
+        return self.first + (self.last - self.first) * _progress(ctx, self.power)
+
+
+class PowerCosine(AbstractWeight):
+    r"""Rising from 1 to `scale` along a cosine: $w = 1 + (s - 1) (1 - \cos \pi u^p) / 2$, $u$ as in `Ramp`.
+
+    Args:
+        scale: scale $s$ of the last step.
+        power: exponent $p$, positive: larger ones start later.
+
+    Example:
+        >>> import genkit as gk
+        >>> guidance = gk.guidance.cfg(gk.guidance.PowerCosine(4.0, power=2.0))
+
+    Source: Gao et al., "Masked Diffusion Transformer", ICCV 2023, section 3.3.
+    """
+
+    scale: Float[Array, ""] = eqx.field(converter=as_number)
+    power: Float[Array, ""] = eqx.field(converter=as_number, default=1.0)
+    needs_grid: bool = eqx.field(default=True, init=False, static=True)
+
+    def __call__(self, ctx: Context) -> Float[Array, ""]:
+        """The scale of the step."""
+        return 1 + (self.scale - 1) * (1 - jnp.cos(jnp.pi * _progress(ctx, self.power))) / 2
+
+
+class OfNoise(AbstractWeight):
+    """Any function of the noise level at the start of the step.
+
+    Args:
+        fn: `sigma -> scale`, traceable; arrays it should learn or sweep belong to it as leaves of a module.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import genkit as gk
+        >>> guidance = gk.guidance.cfg(gk.guidance.OfNoise(lambda sigma: 1 + 3 * jnp.exp(-sigma)))
+    """
+
+    fn: Callable
+    needs_grid: bool = eqx.field(default=False, init=False, static=True)
+
+    def __call__(self, ctx: Context) -> Float[Array, ""]:
+        """The function of the noise level."""
+        return jnp.asarray(self.fn(ctx.sigma_start))
+
+
+class PlusPlus(AbstractWeight):
+    r"""The scale that makes classifier-free guidance CFG++: $w = \lambda / (1 - \sigma' / \sigma)$, next level $\sigma'$.
+
+    Args:
+        strength: $\lambda$, from 0 to 1.
+
+    Example:
+        >>> import genkit as gk
+        >>> guidance = gk.guidance.negative(gk.guidance.PlusPlus(0.6), 3)
+
+    Source: Chung et al., "CFG++: Manifold-constrained Classifier Free Guidance for Diffusion Models", ICLR 2025; as a
+    scale it is derived here from their algorithm 2.
+    """  # noqa: E501
+
+    strength: Float[Array, ""] = eqx.field(converter=as_number)
+    needs_grid: bool = eqx.field(default=True, init=False, static=True)
+
+    def __check_init__(self) -> None:
+        """Refuse what is not one finite number."""
+        check(self.strength.ndim == 0, "strength", "a scalar", self.strength)
+        check_finite("strength", self.strength)
+
+    def __call__(self, ctx: Context) -> Float[Array, ""]:
+        """The scale of the step."""
+        return self.strength / (1 - ctx.sigma_next / ctx.sigma_start)
+
+
+class Complement(AbstractWeight):
+    """One minus another weight."""
+
+    weight: AbstractWeight
+
+    @property
+    def needs_grid(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """As the other weight."""
+        return self.weight.needs_grid
+
+    def __call__(self, ctx: Context) -> Float[Array, ""]:
+        """What is left."""
+        return 1 - self.weight(ctx)
+
+
+Scale = AbstractWeight | ArrayLike | float | list
+
+
+def as_weight(scale: Any) -> AbstractWeight:
+    """A number, an array with one entry per step, or a weight, as a weight."""
+    if isinstance(scale, AbstractWeight):
+        return scale
+    if callable(scale) and not hasattr(scale, "dtype"):
+        raise TypeError(
+            f"`scale` must be a number, an array or a weight; got {describe(scale)}. Wrap a function of the noise "
+            "level: `gk.guidance.OfNoise(fn)`."
+        )
+    value = as_number(scale)
+    return Constant(value) if value.ndim == 0 else PerStep(value)
+
+
+def check_steps(name: str, values: Any, table: Any) -> None:
+    """Refuse a column that has not one entry per step of the table."""
+    if is_concrete(table.step):
+        steps = table.num_steps
+        check(values.shape == (steps,), name, f"one number per step ({steps})", f"{values.shape[0]} numbers")
+
+
+def _progress(ctx: Context, power: Array) -> Array:
+    """From 0 in the first step to 1 in the last, to a power."""
+    # A single step counts as the last one.
+    last = jnp.maximum(ctx.num_steps - 1, 1)
+    u = jnp.where(ctx.num_steps > 1, ctx.step / last, 1.0).astype(power.dtype)
+    # 0 ** p has a gradient of NaN in p: keep it away from there.
+    return jnp.where(u > 0, jnp.where(u > 0, u, 1) ** power, 0)
