@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from . import (
         bridge as bridge,
         data as data,
+        distill as distill,
         guidance as guidance,
         mcmc as mcmc,
         nn as nn,
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 __version__ = importlib.metadata.version("genkit-jax")
 
 # A room is imported when it is first named: `import genkit` costs little more than JAX itself.
-_ON_DEMAND = ("bridge", "data", "guidance", "mcmc", "nn", "noise", "sde", "vi")
+_ON_DEMAND = ("bridge", "data", "distill", "guidance", "mcmc", "nn", "noise", "sde", "vi")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -8,7 +8,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float, Shaped
+
+from .._core._checks import check_finite, check_interval, is_concrete
+from ._ratios import self_normalize
 
 
 class FDivergence(eqx.Module):
@@ -60,7 +63,7 @@ class FDivergence(eqx.Module):
 
     @abc.abstractmethod
     def reward(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
-        r"""$R = r f'(r) - f(r)$, the reward of score-function gradients (defined up to a constant).
+        r"""$R = r f'(r) - f(r)$, the reward of score-function gradients, $f^*(f'(r))$ of the dual bound.
 
         Args:
             u: log-ratios log p/q.
@@ -81,6 +84,56 @@ class FDivergence(eqx.Module):
         u = jnp.asarray(u)
         return jnp.exp(-u) * slope(self.phi, u)
 
+    def value(
+        self, log_p: Float[ArrayLike, " n"], log_q: Float[ArrayLike, " n"], *, normalize: bool = False
+    ) -> Float[Array, ""]:
+        r"""Monte-Carlo estimate $\frac1n \sum_i \phi(\log p(x_i) - \log q(x_i))$ of $D_f(p \| q)$.
+
+        Args:
+            log_p: log-density of p at draws of q, `(n,)`.
+            log_q: log-density of q at the same draws.
+            normalize: subtract the logarithm of the mean ratio first, for a `log_p` known up to a constant; the
+                estimate is then biased by O(1/n).
+
+        Returns:
+            The estimate, a scalar.
+
+        Raises:
+            NonFiniteError: if a ratio overflows, naming what to do.
+        """
+        u = jnp.asarray(log_p) - jnp.asarray(log_q)
+        result = jnp.mean(self.phi(self_normalize(u) if normalize else u))
+        top = f"The largest log-ratio is {np.max(np.asarray(u)):.4g}: q" if is_concrete(u) else "Here q"
+        hint = f"{top} has no mass where p has some. Try a divergence of bounded weight, such as JensenShannon()."
+        check_finite("value", result, hint)
+        return result
+
+    def bound(self, u_on_p: Float[ArrayLike, " n"], u_on_q: Float[ArrayLike, " m"]) -> Float[Array, ""]:
+        r"""The lower bound $E_p[T] - E_q[f^*(T)]$ of $D_f(p \| q)$ for the critic $T = f'(e^u)$.
+
+        It is tight where u is the true log-ratio; maximized over a network u(x) it estimates divergence and ratio.
+
+        Args:
+            u_on_p: estimated log-ratios at draws of p, `(n,)`.
+            u_on_q: estimated log-ratios at draws of q, `(m,)`.
+
+        Returns:
+            The bound, a scalar.
+        """
+        return jnp.mean(self.critic(u_on_p)) - jnp.mean(self.reward(u_on_q))
+
+    def skew(self, share: Any = 0.5) -> "FDivergence":
+        r"""The divergence from p to a mixture, $D_f(p \| \pi p + (1 - \pi) q)$: bounded, and finite for any p and q.
+
+        Args:
+            share: $\pi$, the share of p in the mixture, in [0, 1).
+
+        Returns:
+            The skewed divergence of p and q.
+        """
+        check_interval("share", share, 0, 1, open_hi=True)
+        return Skewed(self, share)
+
     def dual(self) -> "FDivergence":
         r"""The divergence with its arguments exchanged, $\tilde f(r) = r f(1/r)$.
 
@@ -94,11 +147,15 @@ class FDivergence(eqx.Module):
         return Combination((self, other), jnp.ones(2)) if isinstance(other, FDivergence) else NotImplemented
 
     def __mul__(self, factor: Any) -> "FDivergence":
-        """A positive multiple."""
-        return Combination((self,), jnp.asarray(factor, float)[None])
+        """A non-negative multiple."""
+        if isinstance(factor, FDivergence):
+            return NotImplemented
+        factor = jnp.asarray(factor, float)
+        check_interval("factor", factor, 0)
+        return Combination((self,), factor[None])
 
     def __rmul__(self, factor: Any) -> "FDivergence":
-        """A positive multiple."""
+        """A non-negative multiple."""
         return self * factor
 
 
@@ -152,6 +209,47 @@ class Dual(FDivergence):
         return -self.base.critic(-jnp.asarray(u))
 
 
+class Skewed(FDivergence):
+    r"""A divergence to a mixture of both laws; made by `skew`.
+
+    With $m = \pi r + 1 - \pi$, the ratio to the mixture is $v = r/m$, and $\phi = m\,\phi_0(\log v)$,
+    $h = (1-\pi)^2 h_0(\log v)/m$, $R = (1 - \pi) R_0(\log v)$.
+
+    Args:
+        base: the divergence.
+        share: share of p in the mixture.
+    """
+
+    base: FDivergence
+    share: Shaped[Array, ""] = eqx.field(converter=jnp.asarray)
+
+    def _log_mixture(self, u: Any) -> Any:
+        return jnp.logaddexp(jnp.log(self.share) + u, jnp.log1p(-self.share))
+
+    def phi(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+        """The base at the ratio to the mixture, times the mixture over q."""
+        u = jnp.asarray(u)
+        log_m = self._log_mixture(u)
+        return jnp.exp(log_m) * self.base.phi(u - log_m)
+
+    @property
+    def pathwise(self) -> bool:
+        """As the base."""
+        return self.base.pathwise
+
+    def weight(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+        """The weight of pathwise gradients."""
+        u = jnp.asarray(u)
+        log_m = self._log_mixture(u)
+        return (1 - self.share) ** 2 * jnp.exp(-log_m) * self.base.weight(u - log_m)
+
+    def reward(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+        """The reward of score-function gradients."""
+        u = jnp.asarray(u)
+        # phi' - phi with phi = m phi_0(v): (1 - share) (phi_0' - phi_0), because dv/du = (1 - share) / m
+        return (1 - self.share) * self.base.reward(u - self._log_mixture(u))
+
+
 class Combination(FDivergence):
     """A non-negative combination of divergences; made by `+` and `*`.
 
@@ -183,96 +281,3 @@ class Combination(FDivergence):
     def reward(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         """The combination of the parts' rewards."""
         return self._sum("reward", u)
-
-
-class _FromF(FDivergence):
-    """A divergence given by f of the ratio; made by `from_f`."""
-
-    f: Callable
-
-    def phi(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
-        return self.f(jnp.exp(jnp.asarray(u)))
-
-    @property
-    def pathwise(self) -> bool:
-        probe = jnp.linspace(-3.0, 3.0, 13)
-        return bool(jnp.any(curvature(self.phi, probe + 0.01) > 1e-6))
-
-    def weight(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
-        if not self.pathwise:
-            refuse_kink("f")
-        return curvature(self.phi, u)
-
-    def reward(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
-        return slope(self.phi, u) - self.phi(u)
-
-
-def from_f(f: Callable) -> FDivergence:
-    """The divergence of a user's convex f of the ratio r = p/q.
-
-    Args:
-        f: an elementwise, twice differentiable convex function with f(1) = 0.
-
-    Returns:
-        The divergence; weight and reward by differentiation.
-
-    Raises:
-        ValueError: from `weight`, for a piecewise linear f.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from genkit import divergence
-        >>> round(float(divergence.from_f(lambda r: (r - 1) ** 2).phi(jnp.log(3.0))), 4)
-        4.0
-    """
-    return _FromF(f)
-
-
-class _FromWeight(FDivergence):
-    """A divergence given by its weight h(u); made by `from_weight`."""
-
-    h: Callable
-    num_nodes: int = eqx.field(static=True)
-
-    def _nodes(self, u: Any) -> tuple[Any, Any]:
-        x, w = np.polynomial.legendre.leggauss(self.num_nodes)
-        x, w = jnp.asarray((x + 1) / 2), jnp.asarray(w / 2)
-        return u[..., None] * x, u[..., None] * w
-
-    def phi(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
-        # f(r) = int_1^r (r - s) f''(s) ds = int_0^u (e^(u-v) - 1) h(v) dv, with f(1) = f'(1) = 0
-        u = jnp.asarray(u, jnp.result_type(float))
-        v, w = self._nodes(u)
-        return jnp.sum(w * jnp.expm1(u[..., None] - v) * self.h(v), -1)
-
-    @property
-    def pathwise(self) -> bool:
-        return True
-
-    def weight(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
-        return self.h(jnp.asarray(u))
-
-    def reward(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
-        # R' = h in u, so R is its integral
-        u = jnp.asarray(u, jnp.result_type(float))
-        v, w = self._nodes(u)
-        return jnp.sum(w * self.h(v), -1)
-
-
-def from_weight(h: Callable, *, num_nodes: int = 32) -> FDivergence:
-    r"""The divergence with a given weight $h(u) = r^2 f''(r) \ge 0$; f by integration with f(1) = f'(1) = 0.
-
-    Args:
-        h: an elementwise non-negative function of u = log r.
-        num_nodes: Gauss-Legendre nodes of the integrals.
-
-    Returns:
-        The divergence.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from genkit import divergence
-        >>> round(float(divergence.from_weight(jnp.exp).reward(jnp.log(3.0))), 4)
-        2.0
-    """
-    return _FromWeight(h, num_nodes)

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from .._core._checks import check_positive
-from ._f_base import FDivergence, from_weight, refuse_kink
+from .._core._fields import as_number
+from ._f_base import FDivergence, refuse_kink
 from ._f_table import real
+from ._f_user import integrate_weight
 
 
 class Alpha(FDivergence):
@@ -57,6 +59,11 @@ class Alpha(FDivergence):
         return jnp.where(near, u + self.a * u**2 / 2, jnp.expm1(safe * u) / safe)
 
 
+def _width(value: Any) -> Array | None:
+    """A width as an array, so that another value never recompiles."""
+    return None if value is None else as_number(value)
+
+
 class TotalVariation(FDivergence):
     r"""Total variation, $f = |r - 1| / 2$, or with `smoothing` the divergence of reward $\frac12\tanh(u / 2\tau)$.
 
@@ -72,7 +79,7 @@ class TotalVariation(FDivergence):
         1.0
     """
 
-    smoothing: Any = None
+    smoothing: Float[Array, ""] | None = eqx.field(converter=_width, default=None)
 
     def __check_init__(self) -> None:
         """Validate the width."""
@@ -84,7 +91,7 @@ class TotalVariation(FDivergence):
         u = real(u)
         if self.smoothing is None:
             return jnp.abs(jnp.expm1(u)) / 2
-        return from_weight(self.weight, num_nodes=128).phi(u)
+        return integrate_weight(self.weight, u, 128)
 
     @property
     def pathwise(self) -> bool:

@@ -1,0 +1,385 @@
+"""`distill`: a teacher into a generator of one or a few steps."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import numpyro.distributions as dist
+import optax
+from jaxtyping import Array, Key, PyTree
+
+from genkit._core import Fitted, Recipe, fit
+from genkit._core._checks import check, check_count, describe
+from genkit.divergence import FDivergence, ReverseKL
+
+from ._losses import AbstractLoss, FDistill
+from ._model import Distillation, Guided
+from ._objectives import cycle
+from ._ratios import AbstractRatio, DiscriminatorRatio, EmpiricalRatio, ExactRatio, NoRatio
+
+
+class Conditions(eqx.Module):
+    """Batches of conditions, as the data of a distillation.
+
+    Args:
+        cond: `None`; one value for all; an array `(m, ...)`, of which rows are drawn uniformly; or a function
+            `key -> cond`.
+        batch_size: conditions per batch.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import genkit as gk
+        >>> gk.distill.Conditions(jnp.arange(10), 4)(jax.random.key(0)).shape
+        (4,)
+    """
+
+    cond: Any
+    batch_size: int = eqx.field(static=True)
+
+    def __init__(self, cond: Any = None, batch_size: int = 256):
+        check_count("batch_size", batch_size)
+        self.cond = cond if cond is None or callable(cond) else jnp.asarray(cond)
+        self.batch_size = batch_size
+
+    def __call__(self, key: Key[Array, ""]) -> PyTree[Array]:
+        """Draw a batch.
+
+        Args:
+            key: typed PRNG key.
+
+        Returns:
+            Conditions with leading axis `batch_size`, or `None`.
+        """
+        if self.cond is None:
+            return None
+        if callable(self.cond):
+            return jax.vmap(self.cond)(jr.split(key, self.batch_size))
+        if self.cond.ndim == 0:
+            return jnp.broadcast_to(self.cond, (self.batch_size,))
+        return self.cond[jr.randint(key, (self.batch_size,), 0, self.cond.shape[0])]
+
+
+class Distilled(eqx.Module):
+    """What a distillation gave.
+
+    Args:
+        student: the student after the last step.
+        ema: the student with its weights averaged over steps; `student` itself where no average was kept.
+        history: metrics of each step, NumPy arrays `(num_steps,)`: `divergence`, `ess` and more; those of the critics
+            begin with `critic/`.
+        fitted: the training, critics included.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
+        >>> import genkit as gk
+        >>> teacher = gk.diffusion.GaussianDenoiser(jnp.zeros(2), 1.0)
+        >>> student = gk.distill.OneStep(gk.diffusion.GaussianDenoiser(jnp.ones(2), 1.0), 3.0)
+        >>> made = gk.distill.distill(teacher, student, loss=gk.distill.SDS(), noise_law=dist.Uniform(0.5, 2.0),
+        ...                           num_steps=2, batch_size=8, key=jax.random.key(0))
+        >>> made.history["gap"].shape
+        (2,)
+    """
+
+    student: Any
+    ema: Any
+    history: dict[str, np.ndarray]
+    fitted: Fitted
+
+
+def recipe(
+    teacher: Callable,
+    student: Callable,
+    *,
+    noise_law: dist.Distribution,
+    num_steps: int,
+    divergence: FDivergence | None = None,
+    ratio: AbstractRatio | None = None,
+    loss: AbstractLoss | None = None,
+    guidance: Any = None,
+    cond: Any = None,
+    weight: Callable | None = None,
+    optimizer: Any = None,
+    batch_size: int = 256,
+    latent_shape: tuple[int, ...] | None = None,
+    fake: Any = None,
+    fake_optimizer: Any = None,
+    fake_steps: int = 5,
+    positives: Any = None,
+    ema: float | None = None,
+    name: str = "distill",
+) -> Recipe:
+    """A distillation as a recipe for `gk.fit` and the command line; see `distill` for the arguments.
+
+    Args:
+        teacher: the denoiser to distill.
+        student: the generator to train.
+        noise_law: scalar numpyro law of the noise level.
+        num_steps: updates of the student.
+        divergence: any f-divergence; default `ReverseKL()`.
+        ratio: how the log-ratio is known; `None` for none, which the reverse KL does not need.
+        loss: a loss instead of `divergence` and `ratio`.
+        guidance: guidance of the teacher.
+        cond: conditions.
+        weight: function of the noise level.
+        optimizer: optimizer of the student.
+        batch_size: draws per update.
+        latent_shape: shape of the latent.
+        fake: denoiser that learns the law of the student.
+        fake_optimizer: optimizer of the critics.
+        fake_steps: updates of the critics per update of the student.
+        positives: draws of the guided teacher.
+        ema: decay of a moving average of what is trained, or `None`.
+        name: what the log calls it.
+
+    Returns:
+        A recipe whose model is a `Distillation`.
+
+    Example:
+        >>> import jax.numpy as jnp, numpyro.distributions as dist
+        >>> import genkit as gk
+        >>> teacher = gk.diffusion.GaussianDenoiser(jnp.zeros(2), 1.0)
+        >>> student = gk.distill.OneStep(gk.diffusion.GaussianDenoiser(jnp.ones(2), 1.0), 3.0)
+        >>> recipe = gk.distill.recipe(teacher, student, loss=gk.distill.SDS(), noise_law=dist.Uniform(0.5, 2.0), num_steps=5)
+        >>> [phase.name for phase in recipe.phases]
+        ['student']
+    """  # noqa: E501
+    check_count("num_steps", num_steps)
+    check_count("fake_steps", fake_steps)
+    both = loss is not None and (divergence is not None or ratio is not None)
+    check(not both, "loss", "None where `divergence` or `ratio` is given", type(loss).__name__)
+    if loss is None:
+        loss = FDistill(ReverseKL() if divergence is None else divergence, NoRatio() if ratio is None else ratio)
+    model, loss = start(teacher, student, loss, guidance=guidance, fake=fake, positives=positives)
+    data = Conditions(cond, batch_size)
+    latent_shape = check_shapes(model, data, latent_shape)
+    check_parts(model, loss, cond)
+    optimizer = default_optimizer(student, num_steps) if optimizer is None else optimizer
+    phases = cycle(
+        loss,
+        noise_law=noise_law,
+        latent_shape=latent_shape,
+        optimizer=optimizer,
+        fake_optimizer=fake_optimizer,
+        weight=weight,
+        batch_size=batch_size,
+        fake_steps=fake_steps,
+        critics=(model.fake is not None, model.discriminator is not None),
+    )
+    return Recipe(lambda key: model, data, phases, num_steps, ema=ema, name=name)
+
+
+def distill(
+    teacher: Callable,
+    student: Callable,
+    *,
+    divergence: FDivergence | None = None,
+    ratio: AbstractRatio | None = None,
+    noise_law: dist.Distribution,
+    num_steps: int,
+    key: Key[Array, ""],
+    guidance: Any = None,
+    cond: Any = None,
+    weight: Callable | None = None,
+    optimizer: Any = None,
+    batch_size: int = 256,
+    latent_shape: tuple[int, ...] | None = None,
+    fake: Any = None,
+    fake_optimizer: Any = None,
+    fake_steps: int = 5,
+    positives: Any = None,
+    loss: AbstractLoss | None = None,
+    ema: float | None = None,
+) -> Distilled:
+    r"""Distill a denoiser into a generator of one or a few steps.
+
+    Minimizes $E_\sigma[w(\sigma) D_f(p_\sigma \| q_\sigma)]$ between the (guided) teacher p and the student q, both
+    under noise of standard deviation $\sigma$, by the pathwise gradient of `FDistill` (or another loss). Where the law
+    of the student is not known in closed form, a fake denoiser (and a discriminator, for `DiscriminatorRatio`) follows
+    it, `fake_steps` updates for each update of the student; all of it is one compiled scan.
+
+    Args:
+        teacher: a denoiser: analytic, or a trained network.
+        student: an `eqx.Module` `(z, cond=None) -> x`; with a method `denoiser()` that returns an analytic denoiser of
+            its own law, `ExactRatio` needs no critic.
+        noise_law: scalar numpyro law of the noise level; log-uniform from a tenth of the spread of the data to five
+            times it is a good one.
+        num_steps: updates of the student.
+        key: typed PRNG key.
+        divergence: any f-divergence; default `ReverseKL()`.
+        ratio: how the log-ratio is known; `None` for none, which the reverse KL does not need.
+        guidance: any `gk.Guidance` of the teacher; p is the guided law.
+        cond: one value, an array of which entries are drawn uniformly, or a function `key -> cond`.
+        weight: function of the noise level; `None` is 1.
+        optimizer: of the student; default Adam with a cosine from 1e-3 (2e-2 for students of at most 64 numbers).
+        batch_size: draws per update.
+        latent_shape: shape of the standard normal latent; default the student's own, else the shape of an example.
+        fake: a denoiser that learns the law of the student; default a copy of a network teacher.
+        fake_optimizer: of fake and discriminator alike; default Adam at 2e-3.
+        fake_steps: updates of both per update of the student.
+        positives: `positives(key, n)` draws of the guided teacher; default `teacher.sample`.
+        loss: a loss instead of `divergence` and `ratio`: `SiD()`, `SDS()`, `dmd()`, `FDistill(...) + Adversarial()`.
+        ema: decay of a moving average of what is trained, or `None`.
+
+    Returns:
+        A `Distilled`: `.student`, `.ema`, `.history` with `divergence`, `ess` and more, each `(num_steps,)`.
+
+    Raises:
+        ValueError: for shapes that do not fit, a divergence without pathwise gradients, a ratio without what it needs.
+        NonFiniteError: if the training leaves the finite numbers.
+
+    Example:
+        >>> import equinox as eqx, jax, jax.numpy as jnp, numpyro.distributions as dist
+        >>> import genkit as gk
+        >>> class Gaussian(eqx.Module):
+        ...     mean: jax.Array
+        ...     log_std: jax.Array
+        ...     def __call__(self, z, cond=None):
+        ...         return self.mean + jnp.exp(self.log_std) * z
+        ...     def denoiser(self):
+        ...         return gk.diffusion.GaussianDenoiser(self.mean, jnp.exp(2 * self.log_std))
+        >>> teacher = gk.diffusion.GaussianDenoiser(jnp.ones(1), 1.0)
+        >>> made = gk.distill.distill(teacher, Gaussian(jnp.zeros(1), jnp.zeros(1)), ratio=gk.distill.ExactRatio(),
+        ...                           divergence=gk.divergence.JensenShannon(), noise_law=dist.LogUniform(0.1, 5.0),
+        ...                           num_steps=300, key=jax.random.key(0))
+        >>> bool(abs(made.student.mean[0] - 1.0) < 0.05)
+        True
+
+    Source: Xu, Nie & Vahdat, "One-step Diffusion Models with f-Divergence Distribution Matching", 2025; Yin et al.,
+    "Improved Distribution Matching Distillation for Fast Image Synthesis", NeurIPS 2024 (two time scales).
+    """
+    made = recipe(
+        teacher,
+        student,
+        noise_law=noise_law,
+        num_steps=num_steps,
+        divergence=divergence,
+        ratio=ratio,
+        loss=loss,
+        guidance=guidance,
+        cond=cond,
+        weight=weight,
+        optimizer=optimizer,
+        batch_size=batch_size,
+        latent_shape=latent_shape,
+        fake=fake,
+        fake_optimizer=fake_optimizer,
+        fake_steps=fake_steps,
+        positives=positives,
+        ema=ema,
+    )
+    fitted = fit(made.replace(log_every=min(num_steps, 500)), key=key)
+    prefix = "student/"
+    history = {name.removeprefix(prefix): values for name, values in fitted.log.items()}
+    flag_saturation(history)
+    return Distilled(fitted.model.student, fitted.ema.student, history, fitted)
+
+
+def flag_saturation(history: dict[str, np.ndarray]) -> None:
+    """Warn where the discriminator ended too sure of itself to tell ratios."""
+    values = history.get("critic/saturation")
+    if values is None:
+        return
+    last = float(np.mean(values[-max(1, len(values) // 10) :]))
+    if last > 0.5:
+        warnings.warn(
+            f"the discriminator is saturated: {100 * last:.0f} % of its logits ended beyond 10 in size, where they say "
+            "nothing about ratios. Raise the smallest noise level, give DiscriminatorRatio a `smoothness`, or start "
+            "the student nearer to the teacher.",
+            stacklevel=3,
+        )
+
+
+def default_optimizer(student: Any, num_steps: int) -> Any:
+    """Adam under a cosine; students of a few numbers take larger steps than networks."""
+    size = sum(leaf.size for leaf in jax.tree.leaves(student) if eqx.is_inexact_array(leaf))
+    return optax.adam(optax.cosine_decay_schedule(2e-2 if size <= 64 else 1e-3, num_steps))
+
+
+def start(
+    teacher: Any, student: Any, loss: AbstractLoss, *, guidance: Any, fake: Any, positives: Any
+) -> tuple[Distillation, AbstractLoss]:
+    """The parts before training, and the loss with its network moved among them."""
+    check(callable(teacher), "teacher", "a denoiser (x, sigma, cond=None) -> x0", describe(teacher))
+    check(callable(student), "student", "a generator (z, cond=None) -> x", describe(student))
+    if guidance is not None:
+        Guided(teacher, guidance)  # refuses what is no guidance
+    needs_own, needs_critic = loss.needs()
+    net = None
+    for part in getattr(loss, "parts", (loss,)):
+        found = getattr(getattr(part, "ratio", None), "net", None)
+        net = net if found is None else found
+    if needs_critic:
+        hint = "Add `FDistill(..., DiscriminatorRatio(net))`, which trains one."
+        check(net is not None, "loss", "with a DiscriminatorRatio where a discriminator is needed", "none", hint)
+        is_ratio = lambda node: isinstance(node, DiscriminatorRatio)
+        bare = lambda node: DiscriminatorRatio(None, node.smoothness) if is_ratio(node) else node
+        loss = jax.tree.map(bare, loss, is_leaf=is_ratio)
+    if needs_own and fake is None and not hasattr(student, "denoiser"):
+        trainable = any(eqx.is_inexact_array(leaf) for leaf in jax.tree.leaves(teacher))
+        hint = "Pass `fake=`, say `gk.diffusion.Preconditioned(gk.nn.MLP(shape, key=key))`."
+        network = trainable and not hasattr(teacher, "log_density")
+        check(network, "fake", "given, because an analytic teacher cannot learn the law of the student", "None", hint)
+        fake = teacher
+    fake = fake if needs_own else None
+    return Distillation(student, teacher, fake, net, guidance, positives), loss
+
+
+def check_shapes(model: Distillation, data: Conditions, latent_shape: Any) -> tuple[int, ...]:
+    """The shape of the latent; refuse a student whose draws are not of the teacher's shape."""
+    cond = jax.eval_shape(lambda: jax.tree.map(lambda leaf: leaf[0], data(jr.key(0))))
+    latent = latent_shape if latent_shape is not None else model.latent_shape or model.shape
+    hint = "The teacher does not know its shape."
+    check(latent is not None, "latent_shape", "given", "None", hint)
+    latent = tuple(latent)
+    z = jax.ShapeDtypeStruct(latent, jnp.result_type(float))
+    x = eqx.filter_eval_shape(lambda s, z, c: s(z, c), model.student, z, cond)
+    check(hasattr(x, "shape"), "student", "a generator that returns an array", describe(x))
+    if model.shape is not None:
+        what = f"a generator of examples of the teacher's shape {tuple(model.shape)}"
+        check(x.shape == tuple(model.shape), "student", what, f"shape {x.shape} from a latent of shape {latent}")
+    level = jax.ShapeDtypeStruct((), x.dtype)
+    y = eqx.filter_eval_shape(lambda t, y, s, c: t(y, s, c), model.target, x, level, cond)
+    check(y.shape == x.shape, "teacher", f"a denoiser that keeps the student's shape {x.shape}", f"shape {y.shape}")
+    return latent
+
+
+def check_parts(model: Distillation, loss: AbstractLoss, cond: Any) -> None:
+    """Refuse ratios that lack what they are made of."""
+    for part in getattr(loss, "parts", (loss,)):
+        ratio = getattr(part, "ratio", None)
+        if isinstance(ratio, (ExactRatio, EmpiricalRatio)):
+            name = type(ratio).__name__
+            hint = "Use DiscriminatorRatio(net) or ScoreRatio(sigma_max)."
+            check(
+                hasattr(model.teacher, "log_density"),
+                "teacher",
+                f"analytic for {name}",
+                "one without log_density",
+                hint,
+            )
+            if model.guidance is not None:
+                kind = type(model.guidance).__name__
+                hint = "Use DiscriminatorRatio(net) with `positives`, or ScoreRatio(sigma_max)."
+                check(kind == "CFG", "guidance", f"None or `gk.guidance.cfg(scale)` for {name}", kind, hint)
+        if isinstance(ratio, ExactRatio):
+            hint = "Give it a method `denoiser()` that returns an analytic denoiser, or use another ratio."
+            check(hasattr(model.student, "denoiser"), "student", "of a law in closed form", "no `denoiser()`", hint)
+        if isinstance(ratio, EmpiricalRatio):
+            single = cond is None or (not callable(cond) and jnp.ndim(cond) == 0)
+            check(single, "cond", "None or one value for EmpiricalRatio", describe(cond))
+    if model.discriminator is not None and model.positives is None:
+        hint = "Draw them with gk.sample and pass `positives=gk.distill.Positives(draws, cond)`."
+        check(
+            model.guidance is None,
+            "positives",
+            "given with `guidance`: draws of the same, guided, teacher",
+            "None",
+            hint,
+        )
+        can = hasattr(model.teacher, "sample")
+        check(can, "positives", "given, because the teacher has no `sample`", "None", hint)

@@ -1,0 +1,216 @@
+"""What is distilled from what: the student with its critics, and the guided teacher."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, ArrayLike, Float, Inexact, Key, PyTree
+
+from genkit._core import Context, Denoiser, Guidance
+from genkit._core._checks import check, describe
+from genkit._core._fields import FROZEN
+from genkit._core._runner import Runner
+from genkit.guidance import CFG
+
+
+class Guided(Denoiser):
+    """A denoiser under a guidance, as a denoiser again: what a guided teacher predicts at one noise level.
+
+    A guidance with a carry (momentum, latches) is evaluated afresh each time, as in its first step.
+
+    Args:
+        denoiser: the denoiser.
+        guidance: any `gk.Guidance`.
+
+    Raises:
+        TypeError: for a step transform or a population, which act on whole draws and not on one prediction.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import genkit as gk
+        >>> law = gk.diffusion.MixtureDenoiser(jnp.ones(2), jnp.array([[-1.0], [1.0]]), 0.1, labels=jnp.array([0, 1]))
+        >>> guided = gk.distill.Guided(law, gk.guidance.cfg(2.0))
+        >>> bool(guided(jnp.zeros(1), 1.0, 1) > law(jnp.zeros(1), 1.0, 1))
+        True
+    """
+
+    denoiser: Callable
+    guidance: Guidance
+
+    def __check_init__(self):
+        if not isinstance(self.guidance, Guidance):
+            raise TypeError(
+                "`guidance` must be a genkit `Guidance`, such as `gk.guidance.cfg(2.0)`, which changes one prediction; "
+                f"got {describe(self.guidance)}."
+            )
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """Shape of one example, where the denoiser knows it."""
+        return getattr(self.denoiser, "shape", None)
+
+    @property
+    def num_labels(self) -> int | None:
+        """Number of classes, where the denoiser knows it."""
+        return getattr(self.denoiser, "num_labels", None)
+
+    def __call__(
+        self, x: Inexact[ArrayLike, " *shape"], sigma: Float[ArrayLike, ""], cond: Any = None
+    ) -> Inexact[Array, " *shape"]:
+        """The guided prediction; see `Denoiser`."""
+        x = jnp.asarray(x)
+        sigma, zero = jnp.asarray(sigma, x.dtype), jnp.zeros((), jnp.int32)
+        batch = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], cond)
+        keys = jr.split(jr.key(0), 1)
+        ctx = Context(x[None], sigma, sigma, 0 * sigma, zero, zero + 1, jnp.asarray(False), batch, keys)
+        carry = jax.vmap(self.guidance.init)(x[None])
+        return Runner(self.denoiser, self.guidance, "dynamic", False)(ctx, carry)[0][0]
+
+    def log_density(
+        self, x: Inexact[ArrayLike, " *shape"], sigma: Float[ArrayLike, ""], cond: Any = None
+    ) -> Float[Array, ""]:
+        r"""Log-density, up to a constant of the noise level, of the law whose score the guided prediction is.
+
+        Known for classifier-free guidance of an analytic denoiser: $w \log p(x \mid c) + (1 - w) \log p(x)$.
+
+        Args:
+            x: noisy example.
+            sigma: noise level.
+            cond: condition.
+
+        Returns:
+            The log-density, a scalar, not normalized.
+
+        Raises:
+            ValueError: for another guidance.
+        """
+        if not isinstance(self.guidance, CFG):
+            raise ValueError(  # noqa: TRY004 (a guidance it is, but not one with a density)
+                f"`guidance` must be None or `gk.guidance.cfg(scale)` for a ratio in closed form; "
+                f"got {type(self.guidance).__name__}. Use DiscriminatorRatio(net) with `positives`."
+            )
+        log_density: Callable = self.denoiser.log_density  # pyright: ignore[reportFunctionMemberAccess]
+        scale = self.guidance.scale
+        return scale * log_density(x, sigma, cond) + (1 - scale) * log_density(x, sigma, None)
+
+
+class Distillation(eqx.Module):
+    """All that a distillation holds: the student, its critics, the teacher.
+
+    Args:
+        student: the generator `(z, cond=None) -> x`, for one example.
+        teacher: the denoiser that is distilled; never trained.
+        fake: a denoiser that learns the law of the student; `None` where the student knows its own.
+        discriminator: a network `(x, sigma, cond) -> log p/q`; `None` where the ratio is known otherwise.
+        guidance: guidance of the teacher, or `None`.
+        positives: `positives(key, n)` draws of the (guided) teacher, or `(draws, conditions)`; `None` asks the teacher.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import genkit as gk
+        >>> teacher = gk.diffusion.GaussianDenoiser(jnp.zeros(2), 1.0)
+        >>> model = gk.distill.Distillation(gk.distill.OneStep(teacher, 80.0), teacher)
+        >>> model(jnp.ones(2)).shape, model.shape
+        ((2,), (2,))
+    """
+
+    student: Any
+    teacher: Any = eqx.field(metadata=FROZEN)
+    fake: Any = None
+    discriminator: Any = None
+    guidance: Any = eqx.field(default=None, metadata=FROZEN)
+    positives: Any = eqx.field(default=None, metadata=FROZEN)
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """Shape of one example, where the teacher or the student knows it."""
+        own = getattr(self.teacher, "shape", None)
+        return own if own is not None else getattr(self.student, "shape", None)
+
+    @property
+    def num_labels(self) -> int | None:
+        """Number of classes, where the teacher knows it."""
+        return getattr(self.teacher, "num_labels", None)
+
+    @property
+    def latent_shape(self) -> tuple[int, ...] | None:
+        """Shape of the latent of the student, where it differs from the example's."""
+        return getattr(self.student, "latent_shape", None)
+
+    @property
+    def num_evaluations(self) -> int:
+        """Network evaluations of one draw of the student."""
+        return getattr(self.student, "num_evaluations", 1)
+
+    def __call__(self, z: Float[Array, "..."], cond: Any = None) -> Float[Array, "..."]:
+        """One draw of the student from its latent."""
+        return self.student(z, cond)
+
+    @property
+    def target(self) -> Callable:
+        """The denoiser to be matched: the teacher under its guidance."""
+        return self.teacher if self.guidance is None else Guided(self.teacher, self.guidance)
+
+    @property
+    def own(self) -> Callable:
+        """The denoiser of the student's law: learned, or its own."""
+        return self.fake if self.fake is not None else self.student.denoiser()
+
+    def draw_positives(self, cond: PyTree, num: int, *, key: Key[Array, ""]) -> tuple[Array, PyTree]:
+        """Draws of the target, with their conditions.
+
+        Args:
+            cond: the conditions of a batch, or `None`.
+            num: number of draws.
+            key: typed PRNG key.
+
+        Returns:
+            Draws `(num, *shape)` and conditions.
+        """
+        if self.positives is None:
+            return self.teacher.sample(num, cond=cond, key=key), cond
+        drawn = self.positives(key, num)
+        return drawn if isinstance(drawn, tuple) else (drawn, cond)
+
+
+class Positives(eqx.Module):
+    """A pool of draws of a guided teacher to learn a discriminator from: `positives(key, n)` takes random rows.
+
+    Args:
+        x: the draws `(m, *shape)`.
+        cond: their conditions `(m, ...)`, or `None`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import genkit as gk
+        >>> pool = gk.distill.Positives(jnp.zeros((10, 2)), jnp.arange(10))
+        >>> x, cond = pool(jax.random.key(0), 4)
+        >>> x.shape, cond.shape
+        ((4, 2), (4,))
+    """
+
+    x: Float[Array, " m *shape"] = eqx.field(converter=jnp.asarray)
+    cond: Any = None
+
+    def __check_init__(self):
+        for leaf in jax.tree.leaves(self.cond):
+            size = jnp.shape(leaf)[:1]
+            check(size == self.x.shape[:1], "cond", f"one entry for each of {self.x.shape[0]} draws", f"{size}")
+
+    def __call__(self, key: Key[Array, ""], n: int) -> Any:
+        """Draw rows.
+
+        Args:
+            key: typed PRNG key.
+            n: number of rows.
+
+        Returns:
+            Draws `(n, *shape)`, or a pair of them and their conditions.
+        """
+        rows = jr.randint(key, (n,), 0, self.x.shape[0])
+        if self.cond is None:
+            return self.x[rows]
+        return self.x[rows], jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], self.cond)

@@ -1,0 +1,270 @@
+"""The two-time-scale cycle: critics on fresh draws of the student, then one step of the student."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpyro.distributions as dist
+import optax
+from jaxtyping import Array, Float, Key, PyTree
+
+from genkit._core import Objective, Phase
+from genkit._core._checks import check, check_count, describe
+from genkit._core._fields import as_number
+from genkit.diffusion import EDMWeight
+from genkit.diffusion._losses import draw_evenly
+from genkit.nn import MLP
+
+from ._losses import AbstractLoss, density_of, frozen
+from ._model import Distillation
+from ._ratios import Noised, spread
+
+
+SATURATED = 10.0  # a logit beyond this carries no ratio any more
+
+
+def as_law(law: Any) -> Any:
+    """A numpyro law with its parameters as arrays, so that another value never recompiles."""
+    return jax.tree.map(as_number, law) if isinstance(law, dist.Distribution) else law
+
+
+def check_law(law: Any) -> None:
+    """Refuse anything but a scalar numpyro law."""
+    ok = isinstance(law, dist.Distribution) and law.batch_shape == () and law.event_shape == ()
+    check(ok, "noise_law", "a scalar numpyro distribution of the noise level", describe(law))
+
+
+def draw_levels(law: dist.Distribution, num: int, *, key: Key[Array, ""]) -> Array:
+    """Noise levels that together cover their law; a point mass needs no draw."""
+    if isinstance(law, dist.Delta):
+        return jnp.broadcast_to(jnp.asarray(law.v), (num,))
+    return draw_evenly(law, num, key=key)
+
+
+def generate(student: Any, z: Array, cond: PyTree, *, key: Key[Array, ""]) -> Array:
+    """A batch of the student; of several steps, one at random is trained (backward simulation)."""
+    if not hasattr(student, "rollout"):
+        return jax.vmap(lambda one, c: student(one, c))(z, cond)
+    steps = jr.randint(key, (z.shape[0],), 0, student.num_evaluations)
+    return jax.vmap(student.rollout)(z, cond, steps)
+
+
+class StudentObjective(Objective):
+    """The student's side: draws under noise, judged by a loss. The batch holds the conditions, or is `None`.
+
+    Args:
+        loss: the loss.
+        noise_law: scalar numpyro law of the noise level.
+        weight: function of the noise level; `None` is 1.
+        batch_size: draws per update.
+        latent_shape: shape of the student's latent.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
+        >>> import genkit as gk
+        >>> teacher = gk.diffusion.GaussianDenoiser(jnp.zeros(2), 1.0)
+        >>> model = gk.distill.Distillation(gk.distill.OneStep(teacher, 3.0), teacher)
+        >>> objective = gk.distill.StudentObjective(gk.distill.SDS(), dist.Uniform(0.5, 2.0), None, 8, (2,))
+        >>> objective(model, None, key=jax.random.key(0))[0].shape
+        ()
+    """
+
+    loss: AbstractLoss
+    noise_law: dist.Distribution = eqx.field(converter=as_law)
+    weight: Callable | None = None
+    batch_size: int = eqx.field(static=True, default=256)
+    latent_shape: tuple[int, ...] = eqx.field(static=True, default=())
+
+    def __check_init__(self):
+        check_law(self.noise_law)
+        check_count("batch_size", self.batch_size)
+
+    def __call__(
+        self, model: Distillation, batch: PyTree, *, key: Key[Array, ""]
+    ) -> tuple[Float[Array, ""], dict[str, Any]]:
+        """Estimate the loss; see `gk.Objective`."""
+        key_z, key_step, key_level, key_noise, key_loss = jr.split(key, 5)
+        z = jr.normal(key_z, (self.batch_size, *self.latent_shape))
+        x = generate(model.student, z, batch, key=key_step)
+        sigma = draw_levels(self.noise_law, self.batch_size, key=key_level).astype(x.dtype)
+        noise = jr.normal(key_noise, x.shape, x.dtype)
+        weight = jnp.ones_like(sigma) if self.weight is None else jax.vmap(self.weight)(sigma)
+        noised = Noised(x, x + spread(sigma, x) * noise, sigma, noise, batch, weight, density_of(self.noise_law, sigma))
+        return self.loss(model, noised, key=key_loss)
+
+
+class CriticObjective(Objective):
+    """The critics' side: denoising score matching of the student's draws, and the discriminator's logistic loss.
+
+    Args:
+        noise_law: scalar numpyro law of the noise level.
+        batch_size: draws per update.
+        latent_shape: shape of the student's latent.
+        smoothness: weight of the discriminator's change under a perturbation of a tenth of the noise.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
+        >>> import genkit as gk
+        >>> teacher = gk.diffusion.GaussianDenoiser(jnp.zeros(2), 1.0)
+        >>> model = gk.distill.Distillation(gk.distill.OneStep(teacher, 3.0), teacher, fake=teacher)
+        >>> objective = gk.distill.CriticObjective(dist.Uniform(0.5, 2.0), 8, (2,))
+        >>> sorted(objective(model, None, key=jax.random.key(0))[1])
+        ['fake_mse']
+    """
+
+    noise_law: dist.Distribution = eqx.field(converter=as_law)
+    batch_size: int = eqx.field(static=True, default=256)
+    latent_shape: tuple[int, ...] = eqx.field(static=True, default=())
+    smoothness: Float[Array, ""] = eqx.field(converter=as_number, default=0.0)
+
+    def __check_init__(self):
+        check_law(self.noise_law)
+        check_count("batch_size", self.batch_size)
+
+    def __call__(
+        self, model: Distillation, batch: PyTree, *, key: Key[Array, ""]
+    ) -> tuple[Float[Array, ""], dict[str, Any]]:
+        """Estimate the critics' loss; see `gk.Objective`."""
+        key_z, key_step, key_level, key_noise, key_game = jr.split(key, 5)
+        z = jr.normal(key_z, (self.batch_size, *self.latent_shape))
+        x = frozen(generate(model.student, z, batch, key=key_step))
+        sigma = draw_levels(self.noise_law, self.batch_size, key=key_level).astype(x.dtype)
+        x_t = x + spread(sigma, x) * jr.normal(key_noise, x.shape, x.dtype)
+        total, aux = jnp.zeros((), x.dtype), {}
+        if model.fake is not None:
+            weight = EDMWeight(frozen(getattr(model.fake, "sigma_data", 1.0)))
+            residual = jax.vmap(lambda y, s, c: model.fake(y, s, c))(x_t, sigma, batch) - x
+            squares = jnp.sum(residual.reshape(residual.shape[0], -1) ** 2, axis=1)
+            total, aux["fake_mse"] = jnp.mean(jax.vmap(weight)(sigma) * squares), jnp.mean(residual**2)
+        if model.discriminator is not None:
+            value, found = self._game(model, x_t, sigma, batch, key_game)
+            total, aux = total + value, aux | found
+        return total, aux
+
+    def _game(self, model, x_t, sigma, cond, key):
+        """The discriminator's loss on noisy positives and negatives."""
+        key_positive, key_noise, key_shift = jr.split(key, 3)
+        real, real_cond = model.draw_positives(cond, self.batch_size, key=key_positive)
+        check(real.shape == x_t.shape, "positives", f"of shape {x_t.shape}", f"shape {real.shape}")
+        real = real.astype(x_t.dtype)
+        real = real + spread(sigma, real) * jr.normal(key_noise, real.shape, real.dtype)
+        logit = jax.vmap(lambda y, s, c: model.discriminator(y, s, c))
+        on_real, on_fake = logit(real, sigma, real_cond), logit(x_t, sigma, cond)
+        value = jnp.mean(jax.nn.softplus(-on_real)) + jnp.mean(jax.nn.softplus(on_fake))
+        shifted = real + 0.1 * spread(sigma, real) * jr.normal(key_shift, real.shape, real.dtype)
+        change = jnp.mean((logit(shifted, sigma, real_cond) - on_real) ** 2)
+        both = jnp.concatenate([on_real, on_fake])
+        saturation = jnp.mean((jnp.abs(both) > SATURATED).astype(both.dtype))
+        return value + self.smoothness.astype(value.dtype) * change, {
+            "discriminator_loss": value,
+            "saturation": saturation,
+        }
+
+
+class Discriminator(eqx.Module):
+    r"""A small discriminator `(x, sigma, cond) -> log p/q`: a residual perceptron on the input scaled to unit variance.
+
+    Args:
+        shape: shape of one example.
+        width: size of the hidden state.
+        depth: number of residual blocks.
+        num_labels: number of classes, or `None`.
+        sigma_data: standard deviation of the data.
+        key: typed PRNG key.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import genkit as gk
+        >>> float(gk.distill.Discriminator((2,), key=jax.random.key(0))(jnp.ones(2), 0.5))
+        0.0
+    """
+
+    net: MLP
+    sigma_data: Float[Array, ""]
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        *,
+        width: int = 64,
+        depth: int = 2,
+        num_labels: int | None = None,
+        sigma_data: float = 1.0,
+        key: Key[Array, ""],
+    ):
+        self.net = MLP(shape, width=width, depth=depth, num_labels=num_labels, key=key)
+        self.sigma_data = as_number(sigma_data)
+
+    def __call__(self, x: Float[Array, " *shape"], sigma: Any, cond: Any = None) -> Float[Array, ""]:
+        """The logit of one example."""
+        sigma = jnp.asarray(sigma, x.dtype)
+        scale = jax.lax.rsqrt(sigma**2 + frozen(self.sigma_data).astype(x.dtype) ** 2)
+        return jnp.sum(self.net(x * scale, jnp.log(sigma) / 4, cond)) / jnp.sqrt(jnp.asarray(x.size, x.dtype))
+
+
+def _student(model: Distillation) -> Any:
+    return model.student
+
+
+def _fake(model: Distillation) -> Any:
+    return model.fake
+
+
+def _discriminator(model: Distillation) -> Any:
+    return model.discriminator
+
+
+def _both(model: Distillation) -> Any:
+    return model.fake, model.discriminator
+
+
+def cycle(
+    loss: AbstractLoss,
+    *,
+    noise_law: dist.Distribution,
+    latent_shape: tuple[int, ...],
+    optimizer: optax.GradientTransformation,
+    fake_optimizer: optax.GradientTransformation | None = None,
+    weight: Callable | None = None,
+    batch_size: int = 256,
+    fake_steps: int = 5,
+    critics: tuple[bool, bool] | None = None,
+) -> tuple[Phase, ...]:
+    """The phases of one cycle of distillation, for `gk.Recipe`: critics `fake_steps` times, then the student.
+
+    Args:
+        loss: the loss of the student.
+        noise_law: scalar numpyro law of the noise level.
+        latent_shape: shape of the student's latent.
+        optimizer: optimizer of the student.
+        fake_optimizer: optimizer of the critics; default Adam at 2e-3.
+        weight: function of the noise level on the loss; `None` is 1.
+        batch_size: draws per update.
+        fake_steps: updates of the critics per cycle.
+        critics: whether a fake denoiser and a discriminator are trained; default what the loss needs.
+
+    Returns:
+        The phases, for a model that is a `Distillation` and data that give conditions (`Conditions`).
+
+    Example:
+        >>> import optax, numpyro.distributions as dist
+        >>> import genkit as gk
+        >>> law = dist.LogUniform(0.1, 10.0)
+        >>> phases = gk.distill.cycle(gk.distill.vsd(), noise_law=law, latent_shape=(2,), optimizer=optax.adam(1e-3))
+        >>> [(phase.name, phase.repeats) for phase in phases]
+        [('critic', 5), ('student', 1)]
+    """
+    fake, discriminator = loss.needs() if critics is None else critics
+    student = StudentObjective(loss, noise_law, weight, batch_size, tuple(latent_shape))
+    phases = (Phase(student, optimizer, where=_student, name="student"),)
+    if not (fake or discriminator):
+        return phases
+    where = _both if fake and discriminator else _fake if fake else _discriminator
+    ratios = [getattr(part, "ratio", None) for part in getattr(loss, "parts", (loss,))]
+    smoothness = next((ratio.smoothness for ratio in ratios if hasattr(ratio, "smoothness")), 0.0)
+    critic = CriticObjective(noise_law, batch_size, tuple(latent_shape), smoothness)
+    follow = optax.adam(2e-3) if fake_optimizer is None else fake_optimizer
+    return (Phase(critic, follow, where=where, repeats=fake_steps, name="critic"), *phases)

@@ -1,0 +1,309 @@
+"""Log-ratios of teacher and student, each with the difference of scores that belongs to it."""
+
+import abc
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from genkit._core._checks import check, check_count, check_positive
+from genkit._core._fields import as_number
+
+from ._model import Distillation
+
+
+class Noised(NamedTuple):
+    """A batch of the student under noise, as losses see it.
+
+    `x` clean and `x_t = x + sigma * noise` noisy, both functions of the student; `sigma` and `weight` `(b,)`; `cond`
+    the conditions or `None`; `density` of the noise levels under their law, or `None`.
+    """
+
+    x: Array
+    x_t: Array
+    sigma: Array
+    noise: Array
+    cond: Any
+    weight: Array
+    density: Array | None = None
+
+
+class Gap(NamedTuple):
+    """What a ratio knows: `u = log p/q` `(b,)`, `gap`, the score of p minus that of q, and `own`, D_q of the batch."""
+
+    u: Array
+    gap: Array
+    own: Array | None = None
+
+
+def spread(values: Array, like: Array) -> Array:
+    """Values `(b,)` with trailing axes to multiply an array `(b, ...)`."""
+    return values.reshape(values.shape + (1,) * (like.ndim - 1))
+
+
+def denoised(denoiser: Any, batch: Noised) -> Array:
+    """A denoiser on a batch."""
+    return jax.vmap(lambda x, s, c: denoiser(x, s, c))(batch.x_t, batch.sigma, batch.cond)
+
+
+class AbstractRatio(eqx.Module):
+    """The log-ratio of (guided) teacher and student at noisy draws of the student."""
+
+    @property
+    @abc.abstractmethod
+    def exact(self) -> bool:
+        """Whether ratios need no normalization to $E_q[p/q] = 1$."""
+
+    @property
+    @abc.abstractmethod
+    def needs_own(self) -> bool:
+        """Whether a denoiser of the student's law is needed."""
+
+    @abc.abstractmethod
+    def __call__(self, model: Distillation, batch: Noised, *, key: Key[Array, ""]) -> Gap:
+        """Evaluate on a batch.
+
+        Args:
+            model: all parts of the distillation.
+            batch: the batch; only `x_t`, `sigma` and `cond` count.
+            key: typed PRNG key.
+
+        Returns:
+            Log-ratios, score differences, and the student's denoised batch where it was needed.
+        """
+
+
+class ExactRatio(AbstractRatio):
+    """The ratio of two analytic laws: the teacher has `log_density`, the student a `denoiser()` that has.
+
+    Under classifier-free guidance the ratio is that of the guided law, known up to a constant of the noise level.
+
+    Example:
+        >>> import genkit as gk
+        >>> gk.distill.ExactRatio().exact
+        True
+    """
+
+    @property
+    def exact(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def needs_own(self) -> bool:
+        """False: densities are enough."""
+        return False
+
+    def __call__(self, model: Distillation, batch: Noised, *, key: Key[Array, ""]) -> Gap:
+        """See `AbstractRatio`; the score difference is the gradient of the ratio."""
+        target: Any = model.target
+        own = model.student.denoiser()
+
+        def one(x, sigma, cond):
+            return target.log_density(x, sigma, cond) - own.log_density(x, sigma)
+
+        return Gap(*jax.vmap(jax.value_and_grad(one))(batch.x_t, batch.sigma, batch.cond))
+
+
+class EmpiricalRatio(AbstractRatio):
+    """The ratio of an analytic teacher to the smoothed empirical law of fresh draws of the student: no critic at all.
+
+    Its noise grows where the noise level is small against the spacing of the draws.
+
+    Args:
+        num_samples: fresh draws of the student per update.
+
+    Example:
+        >>> import genkit as gk
+        >>> gk.distill.EmpiricalRatio(256).num_samples
+        256
+    """
+
+    num_samples: int = eqx.field(static=True, default=1024)
+
+    def __check_init__(self):
+        check_count("num_samples", self.num_samples, 2)
+
+    @property
+    def exact(self) -> bool:
+        """True: only sampling noise remains."""
+        return True
+
+    @property
+    def needs_own(self) -> bool:
+        """False: draws are enough."""
+        return False
+
+    def __call__(self, model: Distillation, batch: Noised, *, key: Key[Array, ""]) -> Gap:
+        """See `AbstractRatio`."""
+        shape = model.latent_shape or batch.x.shape[1:]
+        z = jr.normal(key, (self.num_samples, *shape), batch.x.dtype)
+        # One condition for all: `recipe` refuses others.
+        cond = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:1], (self.num_samples, *leaf.shape[1:])), batch.cond)
+        draws = jax.vmap(lambda one, c: model.student(one, c))(z, cond).reshape(self.num_samples, -1)
+        x = batch.x_t.reshape(batch.x_t.shape[0], -1)
+        squares = jnp.sum((x[:, None] - draws[None]) ** 2, -1) / batch.sigma[:, None] ** 2
+        log_kernel = -0.5 * squares - x.shape[1] * (jnp.log(batch.sigma) + 0.5 * np.log(2 * np.pi))[:, None]
+        log_q = jax.nn.logsumexp(log_kernel, axis=1) - np.log(self.num_samples)
+        own = (jax.nn.softmax(log_kernel, axis=1) @ draws).reshape(batch.x_t.shape)
+        target: Any = model.target
+        log_p = jax.vmap(lambda x, s, c: target.log_density(x, s, c))(batch.x_t, batch.sigma, batch.cond)
+        gap = (denoised(target, batch) - own) / spread(batch.sigma, own) ** 2
+        return Gap(log_p - log_q, gap)
+
+
+class DiscriminatorRatio(AbstractRatio):
+    r"""The ratio learned by a discriminator, whose logit is $\log p/q$, beside a denoiser of the student.
+
+    Trained by $E_p \operatorname{softplus}(-u) + E_q \operatorname{softplus}(u)$ at every noise level, with positives
+    of the same, guided, teacher as the scores.
+
+    Args:
+        net: network `(x, sigma, cond) -> scalar`, such as `Discriminator`.
+        smoothness: weight of the squared change of the logit under a small perturbation (approximate R1), not
+            negative; 0 for none.
+
+    Example:
+        >>> import jax
+        >>> import genkit as gk
+        >>> gk.distill.DiscriminatorRatio(gk.distill.Discriminator((2,), key=jax.random.key(0))).exact
+        False
+
+    Source: Yin et al., "Improved Distribution Matching Distillation for Fast Image Synthesis", NeurIPS 2024, section
+    4.3; Xu, Nie & Vahdat, "One-step Diffusion Models with f-Divergence Distribution Matching", 2025, section 4.
+    """
+
+    net: Any
+    smoothness: Float[Array, ""] = eqx.field(converter=as_number, default=0.0)
+
+    def __check_init__(self):
+        check(self.net is None or callable(self.net), "net", "a network (x, sigma, cond) -> log p/q", self.net)
+
+    @property
+    def exact(self) -> bool:
+        """False: ratios are normalized."""
+        return False
+
+    @property
+    def needs_own(self) -> bool:
+        """True."""
+        return True
+
+    def __call__(self, model: Distillation, batch: Noised, *, key: Key[Array, ""]) -> Gap:
+        """See `AbstractRatio`."""
+        u = jax.vmap(lambda x, s, c: model.discriminator(x, s, c))(batch.x_t, batch.sigma, batch.cond)
+        own = denoised(model.own, batch)
+        gap = (denoised(model.target, batch) - own) / spread(batch.sigma, own) ** 2
+        return Gap(u, gap, own)
+
+
+class ScoreRatio(AbstractRatio):
+    r"""The ratio from the two denoisers alone, by the heat equation: no discriminator, no density.
+
+    At a fixed point $\partial_{\sigma^2} \log p_\sigma = \frac12(\nabla\cdot s + |s|^2)$, and the ratio tends to 1 as
+    noise grows, so that
+    $u(x, \sigma) = -\int_\sigma^{\infty} [\operatorname{tr}(J_p - J_q) + (D_p - D_q)\cdot(D_p + D_q - 2x)/\sigma'^2]
+    \, d\log\sigma'$, with $J$ the Jacobian of a denoiser; beyond `sigma_max` the integrand falls as
+    $1/\sigma'^2$ and is integrated exactly.
+
+    Args:
+        sigma_max: where the tail begins, several times the spread of the data.
+        num_nodes: Gauss-Legendre nodes between the noise level and `sigma_max`.
+        num_probes: random vectors for the trace; `None` for the exact trace, at one pass per coordinate.
+
+    Example:
+        >>> import genkit as gk
+        >>> gk.distill.ScoreRatio(20.0).num_nodes
+        12
+    """
+
+    sigma_max: Float[Array, ""] = eqx.field(converter=as_number)
+    num_nodes: int = eqx.field(static=True, default=12)
+    num_probes: int | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self):
+        check_positive("sigma_max", self.sigma_max)
+        check_count("num_nodes", self.num_nodes, 2)
+
+    @property
+    def exact(self) -> bool:
+        """False: ratios are normalized."""
+        return False
+
+    @property
+    def needs_own(self) -> bool:
+        """True."""
+        return True
+
+    def log_ratio(self, p: Any, q: Any, x: Array, sigma: Array, cond: Any = None, *, key: Any = None) -> Array:
+        """The log-ratio of two denoisers at one point.
+
+        Args:
+            p: denoiser of the teacher.
+            q: denoiser of the student.
+            x: noisy example.
+            sigma: noise level, positive.
+            cond: condition.
+            key: typed PRNG key, for random probes.
+
+        Returns:
+            The log-ratio, a scalar.
+        """
+        nodes, weights = np.polynomial.legendre.leggauss(self.num_nodes)
+        span = jnp.maximum(jnp.log(self.sigma_max.astype(x.dtype) / sigma), 0)
+        top = sigma * jnp.exp(span)
+        levels = sigma * jnp.exp(span * jnp.asarray((nodes + 1) / 2, x.dtype))
+        if self.num_probes is None:
+            probes = jnp.eye(x.size, dtype=x.dtype).reshape(x.size, *x.shape)
+        else:
+            probes = jr.rademacher(key, (self.num_probes, *x.shape), x.dtype)
+            probes = probes / np.sqrt(self.num_probes)
+
+        def integrand(level):
+            both = lambda y: jnp.stack([p(y, level, cond), q(y, level, cond)])
+            value = both(x)
+            pushed = jax.vmap(lambda v: jax.jvp(both, (x,), (v,))[1])(probes)
+            trace = jnp.sum((pushed[:, 0] - pushed[:, 1]) * probes)
+            return trace + jnp.sum((value[0] - value[1]) * (value[0] + value[1] - 2 * x)) / level**2
+
+        inner = jnp.sum(jnp.asarray(weights, x.dtype) * jax.vmap(integrand)(levels)) * span / 2
+        return -(inner + integrand(top) / 2)
+
+    def __call__(self, model: Distillation, batch: Noised, *, key: Key[Array, ""]) -> Gap:
+        """See `AbstractRatio`."""
+        p, q = model.target, model.own
+        keys = jr.split(key, batch.x_t.shape[0])
+        one = lambda x, s, c, k: self.log_ratio(p, q, x, s, c, key=k)
+        u = jax.vmap(one)(batch.x_t, batch.sigma, batch.cond, keys)
+        own = denoised(q, batch)
+        return Gap(u, (denoised(p, batch) - own) / spread(batch.sigma, own) ** 2, own)
+
+
+class NoRatio(AbstractRatio):
+    """Scores without a ratio: enough for the reverse KL, whose weight is constant (DMD, VSD, Diff-Instruct).
+
+    Example:
+        >>> import genkit as gk
+        >>> gk.distill.NoRatio().needs_own
+        True
+    """
+
+    @property
+    def exact(self) -> bool:
+        """True: there is nothing to normalize."""
+        return True
+
+    @property
+    def needs_own(self) -> bool:
+        """True."""
+        return True
+
+    def __call__(self, model: Distillation, batch: Noised, *, key: Key[Array, ""]) -> Gap:
+        """See `AbstractRatio`; the log-ratios are zeros."""
+        own = denoised(model.own, batch)
+        gap = (denoised(model.target, batch) - own) / spread(batch.sigma, own) ** 2
+        return Gap(jnp.zeros_like(batch.sigma), gap, own)

@@ -1,0 +1,115 @@
+"""Samplers of students, for `gk.sample` and the command line."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, Inexact, Key
+
+from genkit._core import AbstractSampler, Draws
+from genkit._core._checks import check, check_positive
+from genkit._core._fields import as_number
+
+from ._model import Distillation
+from ._students import FewStep, OneStep
+
+
+class Generate(AbstractSampler):
+    """Draws of a student, by its own steps: one evaluation for a one-step student.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import genkit as gk
+        >>> student = gk.distill.OneStep(gk.diffusion.GaussianDenoiser(jnp.zeros(2), 1.0), 80.0)
+        >>> draws = gk.sample(gk.distill.Generate(), student, 3, key=jax.random.key(0))
+        >>> draws.value.shape, draws.nfe.tolist()
+        ((3, 2), [1, 1, 1])
+    """
+
+    def draw(
+        self,
+        model: Callable,
+        keys: Key[Array, " n"],
+        *,
+        cond: Any,
+        x_init: Inexact[Array, " n *shape"] | None,
+        shape: tuple[int, ...],
+    ) -> Draws:
+        """Draw one example per key.
+
+        Args:
+            model: a student `(z, cond=None) -> x`, or a `Distillation`.
+            keys: one typed key per draw.
+            cond: conditions, or `None`.
+            x_init: must be `None`: a student starts from its latent.
+            shape: shape of one example.
+
+        Returns:
+            The draws.
+        """
+        check(x_init is None, "x_init", "None: a student starts from its own latent", x_init)
+        latent = getattr(model, "latent_shape", None) or shape
+        z = jax.vmap(lambda key: jr.normal(key, latent))(keys)
+        value = jax.vmap(lambda one, c: model(one, c))(z, cond)
+        count = jnp.full(keys.shape[0], getattr(model, "num_evaluations", 1), jnp.int32)
+        return Draws(value, count, count)
+
+
+class Renoise(AbstractSampler):
+    r"""Multistep draws of a consistency model or student: denoise, add fresh noise of the next level, denoise again.
+
+    Args:
+        sigmas: noise levels `(k,)`, descending.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import genkit as gk
+        >>> law = gk.diffusion.GaussianDenoiser(jnp.zeros(2), 1.0)
+        >>> draws = gk.sample(gk.distill.Renoise([80.0, 1.0]), law, 3, key=jax.random.key(0))
+        >>> draws.value.shape, int(draws.nfe[0])
+        ((3, 2), 2)
+
+    Source: Song et al., "Consistency Models", ICML 2023, algorithm 1.
+    """
+
+    sigmas: Float[Array, " k"] = eqx.field(converter=as_number)
+
+    def __check_init__(self):
+        check(self.sigmas.ndim == 1 and self.sigmas.size > 0, "sigmas", "of shape (k,)", f"shape {self.sigmas.shape}")
+        check_positive("sigmas", self.sigmas)
+
+    def draw(
+        self,
+        model: Callable,
+        keys: Key[Array, " n"],
+        *,
+        cond: Any,
+        x_init: Inexact[Array, " n *shape"] | None,
+        shape: tuple[int, ...],
+    ) -> Draws:
+        """Draw one example per key.
+
+        Args:
+            model: a denoiser-like `(x, sigma, cond) -> x`, or a student made of one.
+            keys: one typed key per draw.
+            cond: conditions, or `None`.
+            x_init: states at the first noise level, or `None`.
+            shape: shape of one example.
+
+        Returns:
+            The draws.
+        """
+        student = model.student if isinstance(model, Distillation) else model
+        net: Callable = student.net if isinstance(student, (OneStep, FewStep)) else student
+        noise = lambda i: jax.vmap(lambda key: jr.normal(jr.fold_in(key, i), shape))(keys)
+        run = jax.vmap(lambda x, s, c: net(x, s, c), in_axes=(0, None, 0))
+        x = self.sigmas[0] * noise(0) if x_init is None else x_init
+        for i in range(self.sigmas.shape[0]):
+            if i > 0:
+                x = x + self.sigmas[i].astype(x.dtype) * noise(i)
+            x = run(x, self.sigmas[i].astype(x.dtype), cond)
+        count = jnp.full(keys.shape[0], self.sigmas.shape[0], jnp.int32)
+        return Draws(x, count, count)

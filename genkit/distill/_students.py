@@ -1,0 +1,135 @@
+"""Students: a denoiser run once, or a few times with fresh noise between."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from genkit._core._checks import check, check_positive
+from genkit._core._fields import FROZEN, as_number
+
+
+class OneStep(eqx.Module):
+    r"""A one-step generator made of a denoiser, $G(z, c) = D(\sigma z, \sigma, c)$: start it from the teacher.
+
+    Args:
+        net: a denoiser `(x, sigma, cond) -> x0`, whose weights the student trains.
+        sigma: the noise level at which it is run; part of the student, never trained.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import genkit as gk
+        >>> student = gk.distill.OneStep(gk.diffusion.GaussianDenoiser(jnp.zeros(2), 1.0), 1.0)
+        >>> student(jnp.ones(2)).tolist()
+        [0.5, 0.5]
+    """
+
+    net: Callable
+    sigma: Float[Array, ""] = eqx.field(converter=as_number, metadata=FROZEN)
+
+    def __check_init__(self):
+        check_positive("sigma", self.sigma)
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """Shape of one example, where the denoiser knows it."""
+        return getattr(self.net, "shape", None)
+
+    def __call__(self, z: Float[Array, " *shape"], cond: Any = None) -> Float[Array, " *shape"]:
+        """One draw from its latent.
+
+        Args:
+            z: standard normal, of the shape of an example.
+            cond: condition.
+
+        Returns:
+            The draw.
+        """
+        sigma = self.sigma.astype(z.dtype)
+        return self.net(sigma * z, sigma, cond)
+
+
+class FewStep(eqx.Module):
+    r"""A generator of a few steps: denoise, add fresh noise of the next level, denoise again.
+
+    $x_i = \hat x_{i-1} + \sigma_i z_i$, $\hat x_i = D(x_i, \sigma_i, c)$. It is trained by backward simulation: its own
+    states, reached without gradient, are the inputs of the step that is trained, so that training sees what sampling
+    will see.
+
+    Args:
+        net: a denoiser, whose weights the student trains.
+        sigmas: noise levels `(k,)`, descending; never trained.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import genkit as gk
+        >>> student = gk.distill.FewStep(gk.diffusion.GaussianDenoiser(jnp.zeros(2), 1.0), [80.0, 1.0])
+        >>> student.latent_shape, student(jnp.ones((2, 2))).shape
+        ((2, 2), (2,))
+
+    Source: Yin et al., "Improved Distribution Matching Distillation for Fast Image Synthesis", NeurIPS 2024, section
+    4.5.
+    """
+
+    net: Callable
+    sigmas: Float[Array, " k"] = eqx.field(converter=as_number, metadata=FROZEN)
+
+    def __check_init__(self):
+        check(self.sigmas.ndim == 1 and self.sigmas.size > 0, "sigmas", "of shape (k,)", f"shape {self.sigmas.shape}")
+        check_positive("sigmas", self.sigmas)
+        if not isinstance(self.sigmas, jax.core.Tracer):
+            falls = bool(np.all(np.diff(np.asarray(self.sigmas)) < 0))
+            check(falls, "sigmas", "descending", str(np.asarray(self.sigmas).tolist()))
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """Shape of one example, where the denoiser knows it."""
+        return getattr(self.net, "shape", None)
+
+    @property
+    def num_evaluations(self) -> int:
+        """Evaluations of one draw."""
+        return self.sigmas.shape[0]
+
+    @property
+    def latent_shape(self) -> tuple[int, ...] | None:
+        """Shape of the latent: one noise for each step."""
+        return None if self.shape is None else (self.sigmas.shape[0], *self.shape)
+
+    def _inputs(self, z: Array, cond: Any) -> Array:
+        """The states before each step `(k, *shape)`."""
+        sigmas = self.sigmas.astype(z.dtype)
+        states = [sigmas[0] * z[0]]
+        for i in range(1, z.shape[0]):
+            states.append(self.net(states[-1], sigmas[i - 1], cond) + sigmas[i] * z[i])
+        return jnp.stack(states)
+
+    def rollout(self, z: Float[Array, " k *shape"], cond: Any, step: Int[Array, ""]) -> Float[Array, " *shape"]:
+        """The prediction of one step at the state that the steps before it reach; only that step has a gradient.
+
+        Args:
+            z: standard normal `(k, *shape)`.
+            cond: condition.
+            step: number of the step, 0 to k - 1.
+
+        Returns:
+            The prediction.
+        """
+        inputs = jax.lax.stop_gradient(self._inputs(z, cond))
+        return self.net(inputs[step], self.sigmas.astype(z.dtype)[step], cond)
+
+    def __call__(self, z: Float[Array, " k *shape"], cond: Any = None) -> Float[Array, " *shape"]:
+        """One draw from its latent.
+
+        Args:
+            z: standard normal `(k, *shape)`.
+            cond: condition.
+
+        Returns:
+            The draw.
+        """
+        return self.net(self._inputs(z, cond)[-1], self.sigmas.astype(z.dtype)[-1], cond)
