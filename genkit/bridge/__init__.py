@@ -12,6 +12,7 @@ from ._distribution import BridgeDistribution as BridgeDistribution
 from ._fit_light import FitReport as FitReport, fit_light as fit_light
 from ._make_scale import eigen_from_dense as eigen_from_dense, make_scale as make_scale
 from ._matching import NeuralBridge as NeuralBridge, fit_matching as fit_matching, sf2m as sf2m
+from ._matrix_scale import Eigen as Eigen, LowRank as LowRank
 from ._metrics import bw2_uvp as bw2_uvp, cbw2_uvp as cbw2_uvp, path_kl as path_kl, plan_kl as plan_kl
 from ._objectives import (
     LightObjective as LightObjective,
@@ -25,9 +26,7 @@ from ._samplers import EulerPaths as EulerPaths, ExactPaths as ExactPaths
 from ._scale import (
     AbstractScale as AbstractScale,
     Diag as Diag,
-    Eigen as Eigen,
     Iso as Iso,
-    LowRank as LowRank,
     Zero as Zero,
 )
 from ._sinkhorn import DiscretePlan as DiscretePlan, monge_gap as monge_gap, sinkhorn as sinkhorn

@@ -13,8 +13,9 @@ from genkit._core._checks import check, check_count, check_finite, check_key, ch
 
 from ._bridge import Bridge
 from ._make_scale import eigen_from_dense, make_scale
+from ._matrix_scale import Eigen
 from ._potential import MixturePotential
-from ._scale import AbstractScale, Diag, Eigen, Time
+from ._scale import AbstractScale, Diag, Time
 
 
 def check_epsilon(epsilon: Any) -> None:

@@ -24,9 +24,9 @@ from genkit._core._fields import trainable
 
 from ._bridge import Bridge
 from ._closed_form import check_epsilon
+from ._matrix_scale import noise_size
 from ._objectives import LightObjective, UnpairedBatches, light_loss, light_optimizer
 from ._potential import MixturePotential
-from ._scale import noise_size
 from ._start import MAX_POINTS, balanced_start, published_start
 
 

@@ -5,7 +5,8 @@ from jaxtyping import Array, ArrayLike, Float
 
 from genkit._core._checks import check, is_concrete
 
-from ._scale import AbstractScale, Diag, Eigen, Iso
+from ._matrix_scale import Eigen
+from ._scale import AbstractScale, Diag, Iso
 
 
 def eigen_from_dense(matrices: Float[Array, " k d d"]) -> Eigen:

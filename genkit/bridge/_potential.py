@@ -10,7 +10,8 @@ from jaxtyping import Array, ArrayLike, Float, Key, Real
 from genkit._core._checks import check_interval, check_shape
 from genkit._core._fields import FROZEN, as_number
 
-from ._scale import AbstractScale, Time, noise_size, take
+from ._matrix_scale import noise_size
+from ._scale import AbstractScale, Time, take
 
 
 def _vectorize(fn, signature):
@@ -127,9 +128,7 @@ class MixturePotential(eqx.Module):
         return _vectorize(self._drift, "(d),()->(d)")(x, t)
 
     def _drift(self, x, t):
-        weights = jax.nn.softmax(self.terms(x, t))
-        z = jnp.broadcast_to(x - self.center, self.shifts.shape)
-        return weights @ self.scale.resolvent(t, self.shifts + self.scale.apply(z) - z)
+        return jax.nn.softmax(self.terms(x, t)) @ self.scale.pull(t, x - self.center, self.shifts)
 
     def endpoint(self, x: Float[Array, " d"], t: Time) -> tuple[Float[Array, " k"], Float[Array, " k d"]]:
         """The law of the end point X1 given X_t = x: logits of its components and their means, for one point.

@@ -10,8 +10,9 @@ from jaxtyping import Array, Float, Key
 
 from ._closed_form import riccati
 from ._make_scale import eigen_from_dense
+from ._matrix_scale import LowRank
 from ._potential import MixturePotential
-from ._scale import AbstractScale, Diag, Iso, LowRank
+from ._scale import AbstractScale, Diag, Iso
 
 
 # Points that the start and the reports look at: enough for means over components, little work.
