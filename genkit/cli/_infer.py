@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -23,7 +24,7 @@ def run(args: Namespace) -> int:
     if not callable(getattr(method, "run", None)):
         raise DefinitionError(f"{args.sampler} binds a sampler for `genkit sample`, not a method for `genkit infer`.")
     posterior = method.run(problem, key=jax.random.key(args.seed))  # which is what `gk.infer` does
-    summary = str(posterior.summary())
+    summary = str(posterior.summary()) + _diagnosis(posterior)
     if args.out is not None:
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
@@ -31,3 +32,15 @@ def run(args: Namespace) -> int:
         atomic_write(out / "summary.txt", summary + "\n")
     print(summary)
     return 0
+
+
+def _diagnosis(posterior: Any) -> str:
+    """What draws from a guide say of themselves; nothing for Markov chains."""
+    khat, evidence = getattr(posterior, "khat", None), getattr(posterior, "evidence", None)
+    text = ""
+    if evidence is not None:
+        text += f"\nlog evidence between {evidence[0]:.3f} and {evidence[1]:.3f}, as far as these draws can tell"
+    if khat is not None:
+        verdict = "the draws can be trusted" if khat <= 0.7 else "above 0.7: the guide misses parts of the posterior"
+        text += f"\nPareto k-hat {khat:.2f}: {verdict}"
+    return "\n" + text if text else ""

@@ -52,6 +52,7 @@ def grid():
 
 
 CASES = [
+    Case("Posterior", lambda: gk.Posterior({"x": jnp.zeros(3)}, jnp.zeros(3), ("draw",), log_q=jnp.ones(3))),
     Case("DistributionMeasure", lambda: as_measure(dist.Normal(jnp.zeros(2), 1.0)), lambda m: m.sample(key=jr.key(0))),
     Case("Phase", lambda: gk.Phase(loss, optimizer)),
     Case("Recipe", recipe),
