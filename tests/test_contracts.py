@@ -61,8 +61,6 @@ WITHOUT_CASES = (
     "genkit.bridge",
     "genkit.divergence._f_",
     "genkit.mcmc",
-    "genkit.noise",
-    "genkit.sde",
     "genkit.vi",
 )
 
