@@ -59,8 +59,6 @@ def public_modules() -> set[type]:
 WITHOUT_CASES = (
     "genkit.bridge",
     "genkit.divergence._f_",
-    "genkit.noise",
-    "genkit.sde",
 )
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from genkit._core._checks import check, check_choice, check_interval, is_concrete
 from genkit.noise import fbm_covariance, fou_covariance
 
-from ._filter import Maps, backward, linearise, observation_rows, place_rows, require_gaussian, start_map
+from ._filter import Maps, backward, compress, linearise, observation_rows, place_rows, require_gaussian, start_map
 from ._grid import Grid, Noises, make_grid, make_table
 from ._model import FractionalSDE
 from ._observed import Observed, gaussian_parts, normal_parts
@@ -25,7 +25,8 @@ def kalman(sde: FractionalSDE, observed: Observed, *, steps_per_interval: int | 
     """Log-evidence of the lifted model, exact for affine drift, constant diffusion and normal observations.
 
     A square-root information filter on the state and its lifted noise, of any stiffness; missing rows are skipped.
-    Differentiable once (gradients of any parameter are exact; second derivatives are not). It uses exact transitions
+    Differentiable twice in any parameter; take Hessians by `jax.jacfwd(jax.jacfwd(...))`, since reverse mode through a
+    `jax.lax.scan` drops the rule behind them (`jax.hessian` returns NaN). It uses exact transitions
     whatever `sde.step` says; coefficients that depend on time, or a varying Hurst index, need `steps_per_interval`,
     and are then integrated to second order.
 
@@ -96,8 +97,8 @@ def _doubled(maps: Maps, doublings: int) -> Maps:
     def double(maps: Maps, _: None) -> tuple[Maps, None]:
         a = maps.transition
         wide = jnp.concatenate([a @ maps.noise, maps.noise], axis=-1)
-        q = jnp.linalg.qr(jax.lax.stop_gradient(jnp.swapaxes(wide, -1, -2)))[0]  # see `_filter`
-        return Maps(a @ a, (a @ maps.offset[..., None])[..., 0] + maps.offset, wide @ q), None
+        noise = jnp.swapaxes(compress(jnp.swapaxes(wide, -1, -2)), -1, -2)
+        return Maps(a @ a, (a @ maps.offset[..., None])[..., 0] + maps.offset, noise), None
 
     n = maps.transition.shape[-1]
     pad = jnp.zeros((*maps.noise.shape[:-1], max(n - maps.noise.shape[-1], 0)), maps.noise.dtype)

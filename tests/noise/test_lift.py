@@ -26,7 +26,7 @@ def test_default_lift_is_within_a_thousandth():
 
 def test_five_terms_reproduce_the_reference_figures():
     published = {0.05: 0.454, 0.1: 0.198, 0.2: 0.034, 0.3: 0.007, 0.7: 0.161, 0.8: 0.328, 0.9: 0.604, 0.95: 0.788}
-    split = {0.05: 0.0625, 0.1: 0.028, 0.2: 0.008, 0.3: 0.003, 0.45: 0.0003, 0.7: 0.0006, 0.9: 0.0004, 0.95: 0.0003}
+    split = {0.05: 0.03, 0.1: 0.025, 0.2: 0.0085, 0.3: 0.003, 0.45: 0.0003, 0.7: 0.0006, 0.9: 0.0004, 0.95: 0.0003}
     with jax.enable_x64(True):
         for hurst, wanted in published.items():
             assert abs(error(gn.ma_fbm(5, 0.1, 100.0, kind="I-published"), hurst) - wanted) < 6e-4
@@ -36,7 +36,7 @@ def test_five_terms_reproduce_the_reference_figures():
 
 def test_small_index_figures_of_the_default():
     with jax.enable_x64(True):
-        for hurst, wanted in ((0.05, 0.042), (0.1, 0.0099), (0.2, 0.0012)):
+        for hurst, wanted in ((0.05, 0.017), (0.1, 0.0017), (0.2, 0.0011)):
             assert error(gn.ma_fbm(), hurst) < wanted
 
 
@@ -59,8 +59,8 @@ def test_tables_follow_the_solved_weights():
         lift = gn.ma_fbm()
         for hurst in (0.013, 0.237, 0.5, 0.861, 0.987):
             scale = 1 / np.sqrt(_tables.kind_one_variance(hurst))
-            wanted = scale * _tables.weights_kind_two(lift.gamma, hurst)
-            np.testing.assert_allclose(lift.weights(hurst), wanted, atol=1e-8)
+            wanted = scale * _tables.weights_of_full_variance(lift.gamma, hurst)
+            np.testing.assert_allclose(lift.weights(hurst), wanted, atol=1e-8 * np.abs(wanted).max())
 
 
 def test_weights_and_history_are_smooth_in_the_index():
@@ -73,6 +73,15 @@ def test_weights_and_history_are_smooth_in_the_index():
                 np.testing.assert_allclose(slope, difference, atol=1e-5)
     narrow = jax.jit(lift.weights)(jnp.float32(0.3))  # in the program, in float32
     np.testing.assert_allclose(narrow, lift.weights(0.3), atol=2e-5)
+
+
+def test_variance_is_not_lost_at_small_indices():
+    """The projection alone lacks two per cent of it at H = .1; what is given back is right on average over [0, 1]."""
+    with jax.enable_x64(True):
+        t = (np.arange(2_000) + 0.5) / 2_000
+        for kind, hurst in (("I", 0.1), ("I", 0.15), ("II", 0.05), ("II", 0.1), ("II", 0.15)):
+            lost = jnp.mean(t ** (2 * hurst) - gn.ma_fbm(kind=kind).covariance(hurst, t, t))
+            assert abs(float(lost)) < 2e-4
 
 
 def test_one_half_has_no_history_and_brownian_is_exact():

@@ -47,11 +47,9 @@ def test_gaussian_process_evidence_is_the_reference():
 def test_filter_is_near_the_process(name):
     observed = series(name)[0]
     wanted = dict(zip(HURSTS, EXACT_A if name == "a" else EXACT_C, strict=True))
-    # On (c) at H = .1 the default lift is .82 nats off; ten processes up to 1e6 are used there.
     for hurst in HURSTS:
-        lift = gn.ma_fbm(10, 0.05, 1e6) if (name, hurst) == ("c", 0.1) else None
-        bound = {0.1: 0.5, 0.2: 0.06}.get(hurst, 0.01)
-        assert abs(float(gs.kalman(model(name, hurst, lift=lift), observed)) - wanted[hurst]) < bound
+        bound = {0.1: 0.02}.get(hurst, 0.01)
+        assert abs(float(gs.kalman(model(name, hurst), observed)) - wanted[hurst]) < bound
 
 
 def test_filter_of_kind_two_is_near_its_own_process():
