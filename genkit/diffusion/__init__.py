@@ -46,6 +46,7 @@ from ._probability_flow import (
     probability_flow as probability_flow,
     teleport as teleport,
 )
+from ._range import check_levels as check_levels
 from ._replace import DDRM as DDRM, Replacement as Replacement, repaint as repaint
 from ._schedule_family import (
     EDM as EDM,

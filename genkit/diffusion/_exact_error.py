@@ -117,13 +117,13 @@ def exact_error(table: Table, gaussian: GaussianDenoiser, *, start: str = "exact
     if not isinstance(gaussian, GaussianDenoiser):
         raise TypeError(f"`gaussian` must be a `GaussianDenoiser`; got {describe(gaussian)}.")
     check_choice("start", start, _STARTS)
-    along = gaussian.mean.ravel() if gaussian.basis is None else gaussian.mean.ravel() @ gaussian.basis
-    variances = jnp.broadcast_to(gaussian.variances, gaussian.shape).ravel()
-    leaves = jax.tree.leaves((table, along, variances))
+    leaves = jax.tree.leaves((table, gaussian))
     concrete = all(is_concrete(leaf) for leaf in leaves)
     check(np.ndim(table.sigma) == 1, "table", "one table", "a stack of tables", "Use `jax.vmap` over the stack.")
     if concrete:
-        along, variances = np.asarray(along, np.float64), np.asarray(variances, np.float64)
+        gaussian = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), gaussian)
+    along = gaussian.mean.ravel() if gaussian.basis is None else gaussian.mean.ravel() @ gaussian.basis
+    variances = (np if concrete else jnp).broadcast_to(gaussian.variances, gaussian.shape).ravel()
     xp = np if concrete else jnp
     sigma, end = xp.asarray(table.sigma)[0], xp.asarray(table.sigma_next)[-1]
     first_mean = along if start == "exact" else 0 * along

@@ -16,6 +16,8 @@ from jaxtyping import Array, ArrayLike, Float
 
 from genkit._core._checks import check, check_count, check_finite, check_positive, describe, is_concrete
 
+from ._range import check_levels
+
 
 # Evaluations of the fifth-order Runge-Kutta pair in one step: its last is the first of the next.
 _PER_STEP = 6
@@ -54,6 +56,8 @@ def chart(denoiser: Any, sigma_min: Any, sigma_max: Any, sigma_data: Any, dtype:
     if is_concrete(sigma_min) and is_concrete(sigma_max):
         low, high = float(sigma_min), float(sigma_max)
         check(low < high, "sigma_min", "smaller than `sigma_max`", f"{low:g} >= {high:g}")
+    for level in (sigma_min, sigma_max):
+        check_levels(level, denoiser)
     if sigma_data is None:
         sigma_data = getattr(denoiser, "sigma_data", 1.0)
     check_positive("sigma_data", sigma_data)

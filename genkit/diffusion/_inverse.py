@@ -245,7 +245,7 @@ def _positive(value: Array) -> Array:
     return jnp.maximum(value, jnp.finfo(value.dtype).tiny ** 0.5)
 
 
-def colorize(shape: tuple[int, int, int]) -> Float[np.ndarray, " c c"]:
+def colorize(shape: tuple[int, ...]) -> Float[np.ndarray, " c c"]:
     r"""An orthonormal basis of color whose first direction is gray, $(1, 1, 1)/\sqrt 3$.
 
     Replacing the first coordinate of an image in this basis, and leaving the others free, colors a gray image.

@@ -58,9 +58,9 @@ class Replacement(StepTransform):
 
     def __init__(
         self,
-        mask: Float[ArrayLike, " *shape"] | Bool[ArrayLike, " *shape"],
-        y: Float[ArrayLike, " *shape"],
-        basis: Float[ArrayLike, " c c"] | None = None,
+        mask: Float[ArrayLike, "..."] | Bool[ArrayLike, "..."],
+        y: Float[ArrayLike, "..."],
+        basis: Float[ArrayLike, "..."] | None = None,
     ):
         self.y = as_number(y)
         check_finite("y", self.y)
@@ -154,6 +154,9 @@ class DDRM(AbstractSampler):
     | $s_i = 0$ | $D_i + \sqrt{1 - \eta^2}\, \sigma_t\, (x_i - D_i)/\sigma_s$ | $\eta\sigma_t$ |
     | $\sigma_t < \sigma_i$ | $D_i + \sqrt{1 - \eta^2}\, \sigma_t\, (\bar y_i - D_i)/\sigma_i$ | $\eta\sigma_t$ |
     | $\sigma_t \ge \sigma_i$ | $(1 - \eta_b) D_i + \eta_b \bar y_i$ | $\sqrt{\sigma_t^2 - \eta_b^2\sigma_i^2}$ |
+
+    What is not measured is drawn too narrow where $\eta$ is near one, because noise is renewed faster than the denoiser
+    can follow; $\eta = 0$ follows the probability flow.
 
     Args:
         grid: descending noise levels `(num_steps + 1,)`; the last step returns the prediction where it goes to zero.

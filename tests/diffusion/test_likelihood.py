@@ -243,6 +243,16 @@ def test_the_model_as_a_measure_and_as_a_distribution(x64):
     assert prior.support(draws).shape == (2, 3)
 
 
+def networked():
+    return gd.Preconditioned(lambda x, t, cond: x, "eps", schedule=gd.VE(0.01, 50.0))
+
+
+def test_levels_that_a_model_knows_pass():
+    gd.check_levels(gd.ddim(gd.karras(5, 0.01, 50.0)), networked())
+    gd.check_levels(gd.karras(5, 0.001, 500.0), mixture())
+    gd.check_levels(gd.karras(5, 0.001, 500.0), gd.Preconditioned(lambda x, t, cond: x, "F"))
+
+
 class Mute(gk.Denoiser):
     def __call__(self, x, sigma, cond=None):
         return x
@@ -267,6 +277,10 @@ def ask(denoiser=None, x=None, **kwargs):
         (lambda: ask(sigma_data=-1.0), ValueError, "sigma_data"),
         (lambda: ask(trace=gd.Hutchinson(2)), ValueError, "key"),
         (lambda: gd.Hutchinson(0), ValueError, "num_probes"),
+        (lambda: ask(networked(), sigma_max=80.0), ValueError, "0.01 to 50 of the model"),
+        (lambda: ask(networked(), sigma_min=0.001), ValueError, "got level 0.001"),
+        (lambda: gd.check_levels(gd.ddim(gd.karras(5, 0.02, 80.0)), networked()), ValueError, "got level 80"),
+        (lambda: gd.check_levels(gk.Sampler(gd.ddim(gd.karras(5, 0.02, 80.0))), networked()), ValueError, "80"),
         (lambda: gd.bits_per_dim(jnp.array(1.0), 0, 4, 1.0), ValueError, "dim"),
         (lambda: gd.dequantize(jnp.array([4]), 4, key=jr.key(0)), ValueError, "ink"),
         (lambda: gd.sample_log_prob(Mute(), sigma_min=0.1, sigma_max=1.0, key=jr.key(0)), ValueError, "shape"),

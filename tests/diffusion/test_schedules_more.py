@@ -178,6 +178,19 @@ def test_kinetic_energies(m, whole, energies, x64):
     np.testing.assert_allclose(found, energies, rtol=4e-3)
 
 
+def test_the_kinetic_path_of_two_points(x64):
+    # The tabulated path; below level 0.05 the error is zero to rounding.
+    error = mixture_error(1.0)
+    schedule = gd.KineticOptimal(
+        lambda level: np.where(level < 0.05, 0.0, error(np.maximum(level, 0.05))), num_nodes=96
+    )
+    assert float(schedule.angle.y[-1]) == pytest.approx(0.69126, abs=2e-4)
+    assert float(schedule.energy) == pytest.approx(0.4591, abs=2e-4)
+    t = jnp.array([0.75, 0.5, 0.25])
+    np.testing.assert_allclose(schedule.alpha(t), [0.8071, 0.8848, 0.9426], atol=3e-4)
+    np.testing.assert_allclose(schedule.sigma(t), [0.5123, 0.3199, 0.1594], atol=3e-4)
+
+
 def test_kinetic_limits(x64):
     t = jnp.linspace(0.0, 1.0, 11)
     spread = gd.KineticOptimal(lambda level: 0 * level)

@@ -1,0 +1,101 @@
+"""Digits: bits per dimension on the held-out split, paths beside each other, what teleportation saves, inpainting.
+
+These train models: run them by hand with `-m long`.
+"""
+
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+import genkit as gk
+
+
+gd = gk.diffusion
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.long
+
+LEVELS, DIM = 17, 64
+
+
+def trained(name, num_steps=None):
+    return gk.fit(gk.load(ROOT / "models" / f"{name}.py"), key=jr.key(0), num_steps=num_steps).ema
+
+
+def test_bits_per_dimension_of_held_out_digits(record_property):
+    model = trained("digits_density")
+    ink = jnp.asarray(8 * gk.data.digits().x_test.reshape(-1, DIM) + 8).astype(int)
+    x = gd.dequantize(ink, LEVELS, key=jr.key(1))
+    bits_of = lambda values: gd.bits_per_dim(values, DIM, LEVELS, 1.0)
+
+    @eqx.filter_jit
+    def both(model, x):
+        ends = {"sigma_min": 0.003, "sigma_max": 20.0, "rtol": 1e-3, "atol": 1e-3, "sigma_data": 0.35}
+        one = lambda x: gd.log_prob(model, x, **ends)
+        return jax.lax.map(one, x, batch_size=133), jax.vmap(lambda x: model.mixture.log_density(x, 0.0))(x)
+
+    found, mixture = both(model, x)
+    assert bool(found.ok.all())
+    bits, before = bits_of(found.value), bits_of(mixture)
+    error = lambda v: float(np.std(v, ddof=1) / np.sqrt(len(v)))
+    record_property("bits per dimension", (float(bits.mean()), error(bits)))
+    record_property("of the mixture alone", (float(before.mean()), error(before)))
+    assert float(bits.mean()) + 5 * error(bits) < 2.60 < 2.674
+
+
+def test_the_kinetic_path_beside_the_straight_one(record_property):
+    # The same network, steps and data; draws by few steps are compared with held-out digits.
+    recipe = gk.load(ROOT / "models/digits_flow.py")
+    data = gk.data.digits()
+    reference = jnp.asarray(np.concatenate([data.x_train, data.x_test]).reshape(-1, DIM))
+    kinetic = recipe.phases[0].objective.schedule
+    found = {}
+    for name, path in {"kinetic": kinetic, "straight": gd.CondOT()}.items():
+        net = lambda key, path=path: gd.Preconditioned(recipe.build(key).net, "velocity", schedule=path)
+        phase = gk.Phase(gd.FlowMatching(path, cond_dropout=0.1), recipe.phases[0].optimizer)
+        model = gk.fit(recipe.replace(build=net, phases=phase), key=jr.key(0)).ema
+        grid = gd.time_uniform(path, 8, t_min=0.02, t_max=0.99)
+        table = gd.heun(grid)
+        draws = gk.sample(table, model, 1000, key=jr.key(1), cond=jnp.arange(1000) % 10).value.reshape(1000, DIM)
+        found[name] = float(gk.divergence.energy_distance(draws, reference))
+    record_property("energy distance in 15 evaluations", found)
+    record_property("energy of the kinetic path", float(kinetic.energy))
+    assert float(kinetic.energy) < 2.0
+    assert found["kinetic"] < 1.5 * found["straight"] < 1.0
+
+
+def test_teleportation_saves_evaluations_at_equal_quality(record_property):
+    model = trained("digits_vp")
+    data = gk.data.digits()
+    flat = data.x_train.reshape(-1, DIM)
+    law = gd.GaussianDenoiser(jnp.asarray(flat.mean(0).reshape(1, 8, 8)), jnp.asarray(np.cov(flat.T)))
+    reference = jnp.asarray(data.x_train.reshape(-1, DIM))
+    grid = gd.karras(24, 0.02, 80.0)
+    x_init = 80.0 * jr.normal(jr.key(2), (1000, 1, 8, 8))
+    whole = gk.sample(gd.heun(grid), model, 1000, key=jr.key(1), x_init=x_init)
+    # The Gaussian takes over the first steps, from 80 down.
+    skip = int(np.searchsorted(-grid, -4.0))
+    short = gd.Teleported(gd.heun(grid[skip:]), law, 80.0)
+    skipped = gk.sample(short, model, 1000, key=jr.key(1), x_init=x_init)
+    saved = 1 - float(skipped.nfe[0] / whole.nfe[0])
+    score = lambda draws: float(gk.divergence.energy_distance(draws.value.reshape(-1, DIM), reference))
+    record_property("evaluations saved, distance whole and teleported", (saved, score(whole), score(skipped)))
+    assert saved >= 0.15 and score(skipped) < 1.05 * score(whole) + 0.01
+
+
+def test_inpainted_digits_keep_what_is_known(record_property):
+    model = trained("digits_vp")
+    sampler = gk.load(ROOT / "samplers/inpaint.py")
+    known = sampler.guidance.y
+    draws = gk.sample(sampler, model, 64, key=jr.key(0)).value
+    np.testing.assert_array_equal(draws[:, :, :4], jnp.broadcast_to(known[:, :4], (64, 1, 4, 8)))
+    # The other half is ink: mostly in range, and nearer to the true lower half than another digit's is.
+    assert float(jnp.mean(jnp.abs(draws) < 1.2)) > 0.97
+    truth = float(jnp.mean((draws[:, :, 4:] - known[:, 4:]) ** 2))
+    others = float(np.mean((gk.data.digits().x_train[:, :, 4:] - np.asarray(known)[:, 4:]) ** 2))
+    record_property("squared error of the lower half, and of digits at random", (truth, others))
+    assert truth < 0.9 * others
