@@ -16,6 +16,10 @@ from ._guidance_checks import check_guidance
 from ._sampler import AbstractSampler, Sampler, as_sampler, at_steps
 
 
+# Draw i takes fold_in(key, i); what is fitted before drawing takes a number that no draw has.
+_FIT = 2**32 - 1
+
+
 def sample(
     sampler: Any,
     denoiser: Callable,
@@ -78,6 +82,8 @@ def sample(
     x_init = _check_x_init(x_init, num_samples)
     shape = _shape(shape, denoiser, x_init)
     cond = _check_cond(cond, denoiser, num_samples, block)
+    if hasattr(sampler, "fitted_to"):
+        sampler = sampler.fitted_to(denoiser, cond=cond, shape=shape, key=jax.random.fold_in(key, _FIT))
     if isinstance(sampler, Sampler):
         check_guidance(sampler.guidance, sampler.table, denoiser, cond)
         sampler = sampler.prepared(shape, cond)

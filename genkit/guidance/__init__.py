@@ -31,7 +31,7 @@ from ._linear import (
     perturbed as perturbed,
 )
 from ._linear_ag import LinearFit as LinearFit, linear_ag as linear_ag
-from ._linear_ag_fit import fit_linear_ag as fit_linear_ag
+from ._linear_ag_fit import LinearSampler as LinearSampler, fit_linear_ag as fit_linear_ag
 from ._perpneg import perpneg as perpneg
 from ._policy import PolicyFit as PolicyFit, search_policy as search_policy
 from ._posts import (

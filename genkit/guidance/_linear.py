@@ -225,6 +225,9 @@ class _Negated(AbstractWeight):
 
     weight: AbstractWeight
 
+    def __init__(self, weight: AbstractWeight):
+        self.weight = weight
+
     @property
     def needs_grid(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """As the other weight."""

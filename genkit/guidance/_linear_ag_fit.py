@@ -3,15 +3,17 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int, Key
+from jaxtyping import Array, ArrayLike, Float, Inexact, Int, Key
 
-from genkit._core import Guidance, Sampler, sample
+from genkit._core import AbstractSampler, Draws, Guidance, Sampler, Table, sample
 from genkit._core._checks import check, check_count, check_interval, check_positive, describe
+from genkit._core._fields import as_number
 from genkit._core._sampler import as_sampler
 
-from ._linear_ag import LinearAG, LinearFit, digest
+from ._linear_ag import LinearAG, LinearFit, digest, linear_ag
 
 
 def fit_linear_ag(
@@ -131,6 +133,82 @@ def fit_linear_ag(
         digest(denoiser),
         digest(guidance),
     )
+
+
+class LinearSampler(AbstractSampler):
+    """LinearAG fitted to the model that is sampled, in the call that samples it.
+
+    For definition files, which do not know the model. To draw often, fit once: `linear_ag(fit_linear_ag(...))`.
+
+    Args:
+        table: the sampler as data.
+        guidance: a guidance of two predictions.
+        true_steps: steps before `stop` in which both predictions are made; 0 among them.
+        stop: step from which on the plain prediction is used.
+        num_samples: draws to fit on; their conditions are those of the draws, in turn.
+        ridge: as in `fit_linear_ag`.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import genkit as gk
+        >>> law = gk.diffusion.MixtureDenoiser(
+        ...     jnp.ones(2), jnp.array([[-1.0], [1.0]]), jnp.array(0.01), labels=jnp.array([0, 1])
+        ... )
+        >>> table = gk.diffusion.ddim(gk.diffusion.karras(8, 0.01, 10.0))
+        >>> sampler = gk.guidance.LinearSampler(table, gk.guidance.cfg(3.0), true_steps=(0, 2), stop=4, num_samples=16)
+        >>> gk.sample(sampler, law, 4, cond=1, key=jax.random.key(0)).nfe.tolist()
+        [10, 10, 10, 10]
+    """
+
+    table: Table
+    guidance: Guidance
+    true_steps: tuple[int, ...] = eqx.field(static=True, kw_only=True)
+    stop: int = eqx.field(static=True, kw_only=True)
+    num_samples: int = eqx.field(static=True, default=200, kw_only=True)
+    ridge: Float[Array, ""] = eqx.field(converter=as_number, default=1e-8, kw_only=True)
+
+    def fitted_to(self, denoiser: Callable, *, cond: Any, shape: tuple[int, ...], key: Key[Array, ""]) -> Sampler:
+        """The sampler with coefficients fitted to a model.
+
+        Args:
+            denoiser: the model.
+            cond: conditions of the draws `(n, ...)`, or `None`.
+            shape: shape of one example.
+            key: typed PRNG key.
+
+        Returns:
+            A table-driven sampler.
+        """
+        turns = None if cond is None else cond[np.arange(self.num_samples) % len(cond)]
+        fit = fit_linear_ag(
+            self.table,
+            denoiser,
+            self.guidance,
+            self.num_samples,
+            true_steps=self.true_steps,
+            stop=self.stop,
+            cond=turns,
+            shape=shape,
+            ridge=self.ridge,
+            key=key,
+        )
+        return Sampler(self.table, linear_ag(fit))
+
+    def draw(
+        self,
+        model: Callable,
+        keys: Key[Array, " n"],
+        *,
+        cond: Any,
+        x_init: Inexact[Array, " n *shape"] | None,
+        shape: tuple[int, ...],
+    ) -> Draws:
+        """Refused: fitting happens outside compiled functions, in `genkit.sample` or by `fitted_to`."""
+        raise ValueError(
+            "`sampler` must be fitted before it draws; got a `LinearSampler` as it is. Use `gk.sample`, or "
+            "`sampler.fitted_to(model, cond=..., shape=..., key=...)` outside `jit`."
+        )
 
 
 def _places(table: Any) -> tuple[np.ndarray, np.ndarray]:

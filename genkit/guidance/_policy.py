@@ -111,7 +111,8 @@ def search_policy(
     levels = jnp.asarray([0.0, 1.0, wanted / 2, wanted, 2 * wanted] if options is None else options)
     check_finite("options", levels)
     shape = getattr(denoiser, "shape", None) if shape is None else shape
-    check(shape is not None, "shape", "given where the denoiser does not tell it", shape)
+    if shape is None:
+        raise ValueError("`shape` must be given where the denoiser does not tell it; got None.")
     labels = jnp.broadcast_to(jnp.asarray(cond), (num_samples,)) if jnp.ndim(cond) == 0 else jnp.asarray(cond)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_samples))
     rows = np.bincount(np.asarray(base.table.step), np.asarray(base.table.evaluate), base.table.num_steps)

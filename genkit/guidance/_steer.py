@@ -73,6 +73,9 @@ class Steer(Population):
     reward: Callable
     particles: Particles
 
+    def __init__(self, reward: Callable, particles: Particles):
+        self.reward, self.particles = reward, particles
+
     @property
     def num_particles(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Particles per population."""
@@ -193,6 +196,9 @@ class Corrected(Population):
     """Feynman-Kac weights that make the product exact."""
 
     particles: Particles
+
+    def __init__(self, particles: Particles):
+        self.particles = particles
 
     @property
     def num_particles(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -196,6 +196,9 @@ class Complement(AbstractWeight):
 
     weight: AbstractWeight
 
+    def __init__(self, weight: AbstractWeight):
+        self.weight = weight
+
     @property
     def needs_grid(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """As the other weight."""

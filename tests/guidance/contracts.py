@@ -36,18 +36,6 @@ def steered(guidance):
     return gk.sample(table, denoiser, 4, shape=(2,), cond=1, guidance=guidance, key=jr.key(0)).value
 
 
-def scaled(weight):
-    return draw(g.cfg(weight))
-
-
-def mapped(change):
-    return draw(g.Direction(g.Slot("uncond", cond="null"), change, 3.0))
-
-
-def posted(post):
-    return draw(g.cfg(3.0) >> post)
-
-
 def logits(x0):
     return jnp.stack([x0[0], -x0[0], x0[1]])
 
@@ -84,38 +72,39 @@ def searched():
     return g.search_policy(table, denoiser, 2.0, 2, cond=1, shape=(2,), budget=6.0, num_updates=2, key=jr.key(0))
 
 
-CASES = [
-    Case("Linear", lambda: g.cfg(2.0), draw),
-    Case("Sum, gates, directions and an operation behind", everything, draw, eager=False),
-    Case("adaptive", lambda: g.adaptive(g.cfg(2.0), 0.999), draw),
-    Case("gfcg", lambda: g.gfcg(logits, 3.0), draw),
-    Case("classifier", lambda: g.classifier(log_prob, 0.5), draw),
-    Case("loss_guidance", lambda: g.loss_guidance(loss, 0.5, num_draws=2), draw),
-    Case("loss_guidance, dps", lambda: g.loss_guidance(loss, 0.5, step="dps"), draw, eager=False),
-    Case("linear_ag", fit, lambda f: draw(g.linear_ag(f)), vmap=False, eager=False, dtype=False),
-    Case("LinearFit", fit),
-    Case("PolicyFit", searched),
-    Case("Constant", lambda: g.Constant(2.0), scaled, eager=False),
-    Case("PerStep", lambda: g.PerStep([2.0, 3.0, 1.0, 2.0]), scaled, eager=False),
-    Case("Ramp", lambda: g.Ramp(1.0, 3.0, 2.0), scaled, eager=False),
-    Case("PowerCosine", lambda: g.PowerCosine(3.0, 2.0), scaled, eager=False),
-    Case("OfNoise", lambda: g.OfNoise(jnp.exp), scaled, eager=False, grad=False, vmap=False),
-    Case("PlusPlus", lambda: g.PlusPlus(0.6), scaled, eager=False),
-    Case("Direction", lambda: g.apg(3.0, norm_rms=0.5, momentum=-0.5), draw, eager=False),
-    Case("Damp", lambda: g.Damp(1.0), mapped, eager=False),
-    Case("Rescale", lambda: g.Rescale(0.7), posted, eager=False),
-    Case("DynamicThreshold", lambda: g.DynamicThreshold(0.9, 0.5), posted, eager=False),
-    Case("NormCap", g.NormCap, posted, eager=False, grad=False, vmap=False),
-    Case("Guided", lambda: g.Guided(denoiser, g.cfg(2.0)), guided, eager=False),
-    Case("reflect", lambda: g.reflect(weak, 0.2, 1.5), draw, eager=False, zero_grad=True),
-    Case("steer", lambda: g.steer(reward, 2), steered, eager=False, zero_grad=True),
-    Case("fkc", lambda: g.fkc({1: 2.0, None: -0.5}, 2), steered, eager=False),
-    Case("Slot", lambda: g.Slot("uncond", cond="null")),
-    Case("Context", lambda: context()),
-]
+def weighted():
+    slots = [g.Slot("cond"), g.Slot("uncond", cond="null"), *(g.Slot(f"other_{i}", cond=i) for i in (2, 3, 4, 5))]
+    weights = (0.5, g.Ramp(0.1, 0.3, 2.0), g.PowerCosine(1.2, 2.0), g.PlusPlus(0.2), g.PerStep([0.1, 0.2, 0.1, 0.3]))
+    return g.Linear(tuple(slots), weights)
+
+
+def directed():
+    maps = (g.Momentum(-0.5), g.ClipNorm(0.5, rms=True), g.Damp(0.5), g.Project(0.2))
+    direction = g.Direction(g.Slot("uncond", cond="null"), maps, g.OfNoise(jnp.exp))
+    return direction >> g.Rescale(0.7) >> g.DynamicThreshold(0.9, 0.5) >> g.NormCap()
 
 
 def context():
     zero = jnp.zeros(())
     step = jnp.zeros((), jnp.int32)
     return g.Context(jnp.zeros(2), zero, zero, zero, step, step, jnp.asarray(False), None, jax.random.key(0))
+
+
+CASES = [
+    Case("Linear, all weights", weighted, draw),
+    Case("Direction, all maps and operations behind", directed, draw),
+    Case("sum of many", everything, draw, eager=False),
+    Case("adaptive", lambda: g.adaptive(g.interval(g.gfcg(logits, 3.0), 0.0, 1.5), 0.999), draw, eager=False),
+    Case(
+        "classifier", lambda: g.classifier(log_prob, 0.5) + g.loss_guidance(loss, 0.5, num_draws=2), draw, eager=False
+    ),
+    Case("LinearFit", fit, lambda f: draw(g.linear_ag(f)), vmap=False, eager=False, dtype=False),
+    Case("LinearSampler", lambda: g.LinearSampler(gk.diffusion.ddim(grid()), g.cfg(2.0), true_steps=(0,), stop=2)),
+    Case("PolicyFit", searched),
+    Case("Guided", lambda: g.Guided(denoiser, g.cfg(2.0)), guided, eager=False),
+    Case("reflect", lambda: g.reflect(weak, 0.2, 1.5), draw, eager=False, zero_grad=True),
+    Case("steer", lambda: g.steer(reward, 2), steered, eager=False, grad=False),
+    Case("fkc", lambda: g.fkc({1: 2.0, None: -0.5}, 2), steered, eager=False),
+    Case("Slot", lambda: g.Slot("uncond", cond="null")),
+    Case("Context", context),
+]
