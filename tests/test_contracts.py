@@ -59,7 +59,6 @@ def public_modules() -> set[type]:
 WITHOUT_CASES = (
     "genkit._core._infer",
     "genkit.bridge",
-    "genkit.divergence._f_",
     "genkit.mcmc",
     "genkit.noise",
     "genkit.sde",
