@@ -157,7 +157,10 @@ class Distillation(eqx.Module):
     @property
     def own(self) -> Callable:
         """The denoiser of the student's law: learned, or its own."""
-        return self.fake if self.fake is not None else self.student.denoiser()
+        if self.fake is not None:
+            return self.fake
+        law = self.student.denoiser()
+        return lambda x, sigma, cond=None: law(x, sigma)
 
     def draw_positives(self, cond: PyTree, num: int, *, key: Key[Array, ""]) -> tuple[Array, PyTree]:
         """Draws of the target, with their conditions.

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, ArrayLike, Float, Key
 
 from genkit._core._checks import check, check_count, check_positive
 from genkit._core._fields import as_number
@@ -239,7 +239,9 @@ class ScoreRatio(AbstractRatio):
         """True."""
         return True
 
-    def log_ratio(self, p: Any, q: Any, x: Array, sigma: Array, cond: Any = None, *, key: Any = None) -> Array:
+    def log_ratio(
+        self, p: Any, q: Any, x: Array, sigma: Float[ArrayLike, ""], cond: Any = None, *, key: Any = None
+    ) -> Array:
         """The log-ratio of two denoisers at one point.
 
         Args:
@@ -253,6 +255,7 @@ class ScoreRatio(AbstractRatio):
         Returns:
             The log-ratio, a scalar.
         """
+        sigma = jnp.asarray(sigma, x.dtype)
         nodes, weights = np.polynomial.legendre.leggauss(self.num_nodes)
         span = jnp.maximum(jnp.log(self.sigma_max.astype(x.dtype) / sigma), 0)
         top = sigma * jnp.exp(span)

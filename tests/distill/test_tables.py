@@ -19,33 +19,30 @@ import genkit as gk
 pytestmark = pytest.mark.usefixtures("x64")
 NAMES = list(FAMILY)
 TOLERANCE = np.array([0.03 if name == "softened reverse KL" else 0.02 for name in NAMES])
-LEVELS = (0.25, 0.5, 1.0, 2.0)
-STEPS = 800
+LEVELS = {"clean": (0.0, 0.0, 0.0, 0.0), "diffused": (0.25, 0.5, 1.0, 2.0)}
+STEPS = 400
 
 
-def nodes(kind):
-    """Latents, noise, levels and probabilities of a product quadrature with the same number of nodes for both kinds."""
-    if kind == "clean":
-        z = np.linspace(-7.5, 7.5, 1280)
-        weight = np.exp(-(z**2) / 2)
-        return z, np.zeros_like(z), np.zeros_like(z), weight / weight.sum(), np.zeros(4)
-    z, wz = np.polynomial.hermite_e.hermegauss(40)
-    e, we = np.polynomial.hermite_e.hermegauss(8)
-    grid = [g.ravel() for g in np.meshgrid(z, e, np.asarray(LEVELS), indexing="ij")]
-    weight = np.einsum("i,j,k->ijk", wz / wz.sum(), we / we.sum(), np.full(4, 0.25)).ravel()
-    return (*grid, weight, np.asarray(LEVELS))
+def pathwise(divergence, model, levels):
+    """The loss of the library on the nodes of a quadrature, so that its gradient has no noise.
 
-
-def pathwise(divergence, model, rule):
-    """The loss of the library on the nodes of the quadrature, so that its gradient has no noise."""
-    z, noise, sigma, probability = (jnp.asarray(v) for v in rule[:4])
+    With x = m + s z and x_t = x + sigma e, the gradient is linear in the combination b of z and e that x_t does not
+    see: two nodes are exact for b, and a trapezoid rule is for the other one.
+    """
+    a = jnp.linspace(-7.0, 7.0, 160)
+    a, b, sigma = (g.ravel() for g in jnp.meshgrid(a, jnp.array([-1.0, 1.0]), levels, indexing="ij"))
+    probability = jnp.exp(-(a**2) / 2)
+    std = jax.lax.stop_gradient(jnp.exp(model.student.log_std))
+    total = jnp.sqrt(std**2 + sigma**2)
+    z, noise = (std * a + sigma * b) / total, (sigma * a - std * b) / total
     x = jax.vmap(model.student)(z[:, None])
-    batch = gk.distill.Noised(x, x + (sigma * noise)[:, None], sigma, noise, None, probability * z.size)
+    weight = probability / jnp.mean(probability)
+    batch = gk.distill.Noised(x, x + (sigma * noise)[:, None], sigma, noise[:, None], None, weight)
     loss = gk.distill.FDistill(divergence, gk.distill.ExactRatio())
     return loss(model, batch, key=jr.key(0))[0]
 
 
-def score_function(divergence, model, rule):
+def score_function(divergence, model, levels):
     """f-DPG on a fixed grid of points, for the divergence that has no pathwise gradient."""
     x = jnp.linspace(-9.0, 9.0, 1201)[:, None]
 
@@ -55,18 +52,18 @@ def score_function(divergence, model, rule):
         uniform = jnp.full(x.shape[0], -jnp.log(18.0))
         return gk.distill.fdpg(policy, target, divergence=divergence, proposal_log_prob=uniform, log_z=0.0)
 
-    return jnp.mean(jax.vmap(at)(rule[4]))
+    return jnp.mean(jax.vmap(at)(levels))
 
 
 @jax.jit
-def optimize(theta, teacher, rule):
+def optimize(theta, teacher, levels):
     """Adam on all divergences at once."""
 
     def losses(theta):
         rows = []
         for i, make in enumerate(FAMILY.values()):
             model = gk.distill.Distillation(student(theta[i, 0], jnp.exp(theta[i, 1])), teacher)
-            rows.append((pathwise if make().pathwise else score_function)(make(), model, rule))
+            rows.append((pathwise if make().pathwise else score_function)(make(), model, levels))
         return jnp.sum(jnp.stack(rows))
 
     adam = optax.adam(optax.cosine_decay_schedule(3e-2, STEPS))
@@ -86,7 +83,7 @@ def optima(name, kind):
     beside = exact + np.array([0.15, 0.1 * np.sign(exact[:, 1] - 1)[0]])
     start = np.tile([-0.3, 1.0], (len(NAMES), 1)) if name == "B" else beside
     theta = np.stack([start[:, 0], np.log(start[:, 1])], 1)
-    found = np.asarray(optimize(jnp.asarray(theta), mixture(name), nodes(kind)))
+    found = np.asarray(optimize(jnp.asarray(theta), mixture(name), jnp.asarray(LEVELS[kind])))
     return np.stack([found[:, 0], np.exp(found[:, 1])], 1)
 
 
@@ -140,6 +137,7 @@ def test_fdpg_has_its_root_at_the_exact_policy():
     np.testing.assert_allclose(one(None), one(3.0), rtol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Jensen-Shannon", "reverse KL"])
 def test_fdpg_trains_a_policy(name):
     law = lambda logit: dist.Binomial(total_count=12, logits=logit)
@@ -156,6 +154,7 @@ def log_target_of_counts(x):
     return log_target(x.astype(float)) + 3.0
 
 
+@pytest.mark.slow
 def test_fdpg_trains_an_autoregressive_policy_to_the_exact_law():
     # Two tokens, three places: a target over eight sequences that no product of margins is.
     policy = gk.distill.AutoregressivePolicy(2, 3, width=8, key=jr.key(0))
@@ -186,7 +185,7 @@ def test_draws_of_a_policy_follow_its_probabilities():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["reverse KL", "Jensen-Shannon", "forward KL", "Hellinger"])
+@pytest.mark.parametrize("name", ["reverse KL", "Jensen-Shannon", "forward KL"])
 def test_distill_reaches_the_optimum_with_draws(name):
     made = gk.distill.distill(
         mixture("B"),

@@ -1,0 +1,138 @@
+"""Contract cases of distillation."""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpyro.distributions as dist
+from contract import Case
+
+import genkit as gk
+
+
+d = gk.distill
+
+
+def law():
+    return gk.diffusion.MixtureDenoiser(jnp.ones(2), jnp.array([[-1.0], [1.0]]), 0.5, labels=jnp.array([0, 1]))
+
+
+def gauss():
+    return gk.diffusion.GaussianDenoiser(jnp.full(1, 0.5), 1.5)
+
+
+def net(x, sigma, cond=None):
+    return jnp.sum(x) / (1 + sigma)
+
+
+def model(**parts):
+    return d.Distillation(d.OneStep(gauss(), 1.0), law(), fake=gauss(), **parts)
+
+
+def noised():
+    x = jnp.linspace(-1.0, 1.0, 8)[:, None]
+    sigma = jnp.linspace(0.4, 1.1, 8)
+    return d.Noised(x, x + sigma[:, None] * x**2, sigma, x**2, jnp.arange(8) % 2, jnp.ones_like(sigma))
+
+
+def ratio(value):
+    return value(model(discriminator=net), noised(), key=jr.key(0)).u
+
+
+def loss(value):
+    parts = model(discriminator=net)
+    x = noised()
+
+    def of_student(shift):
+        batch = x._replace(x=x.x + shift, x_t=x.x_t + shift)
+        return value(parts, batch, key=jr.key(0))[0]
+
+    return jax.grad(of_student)(jnp.zeros(()))
+
+
+def denoise(value):
+    return value(jnp.full(1, 0.3), jnp.asarray(0.7), jnp.asarray(1))
+
+
+def student(value):
+    return value(jnp.full(value.latent_shape if hasattr(value, "latent_shape") else (1,), 0.3))
+
+
+def objective(value):
+    return value(model(), jnp.arange(4) % 2, key=jr.key(0))[0]
+
+
+def sample(sampler):
+    return sampler.draw(d.OneStep(gauss(), 1.0) if isinstance(sampler, d.Generate) else gauss(),
+                        jr.split(jr.key(0), 2), cond=None, x_init=None, shape=(1,)).value  # fmt: skip
+
+
+def categorical(logits):
+    return dist.Categorical(logits=logits)
+
+
+def target(x):
+    return jnp.log(1.0 + x)
+
+
+def policy():
+    return d.LawPolicy(categorical, jnp.array([0.1, 0.5]))
+
+
+def tokens(value):
+    return value.log_prob(jnp.array([0, 1]))
+
+
+def consistency(value):
+    pair = d.Pair(d.ConsistencyModel(gk.nn.MLP((1,), width=4, depth=1, key=jr.key(0))), None, gauss())
+    return value(pair, (jnp.ones((4, 1)), None), key=jr.key(0))[0]
+
+
+def network():
+    return d.ConsistencyModel(gk.nn.MLP((1,), width=4, depth=1, key=jr.key(0)), 0.5, 0.01)
+
+
+def logit(value):
+    return value(jnp.full(1, 0.3), jnp.asarray(0.7))
+
+
+NOISE = dist.Uniform(0.3, 2.0)
+JS = gk.divergence.JensenShannon
+CASES = [
+    Case("Guided", lambda: d.Guided(law(), gk.guidance.cfg(1.5)), denoise, rtol=1e-4),
+    Case("Distillation", model),
+    Case("Positives", lambda: d.Positives(jnp.zeros((4, 1)), jnp.arange(4))),
+    Case("Distilled", lambda: d.Distilled(gauss(), gauss(), {}, None)),
+    Case("OneStep", lambda: d.OneStep(gauss(), 1.0), student),
+    Case("FewStep", lambda: d.FewStep(gauss(), jnp.array([2.0, 1.0])), student, vmap=False),
+    Case("ExactRatio", d.ExactRatio),
+    Case("NoRatio", d.NoRatio),
+    Case("EmpiricalRatio", lambda: d.EmpiricalRatio(16), ratio, grad=False, vmap=False),
+    Case("DiscriminatorRatio", lambda: d.DiscriminatorRatio(None), ratio, grad=False, vmap=False),
+    Case("ScoreRatio", lambda: d.ScoreRatio(20.0, 4), ratio, eager=False, rtol=1e-4),
+    Case("FDistill", lambda: d.FDistill(JS(), d.DiscriminatorRatio(None)), loss, eager=False, zero_grad=True),
+    Case("SDS", d.SDS, loss, grad=False, vmap=False, eager=False),
+    Case("DSD", lambda: d.DSD(1.0, 2.0), loss, eager=False),
+    Case("SiD", lambda: d.SiD(1.0), loss, eager=False),
+    Case("Adversarial", d.Adversarial, loss, grad=False, vmap=False),
+    Case("SumLoss", lambda: d.SDS() + 0.5 * d.Adversarial(), loss, eager=False),
+    Case("StudentObjective", lambda: d.StudentObjective(d.SDS(), NOISE, None, 4, (1,)), objective, eager=False),
+    Case("CriticObjective", lambda: d.CriticObjective(NOISE, 4, (1,)), objective, eager=False),
+    Case("Discriminator", lambda: d.Discriminator((1,), width=4, depth=1, key=jr.key(0)), logit, eager=False),
+    Case("Conditions", lambda: d.Conditions(jnp.arange(3), 4)),
+    Case("ConsistencyModel", network, logit, eager=False),
+    Case("Pair", lambda: d.Pair(gauss(), gauss())),
+    Case("ConsistencyObjective", lambda: d.ConsistencyObjective(jnp.array([2.0, 1.0, 0.0])), consistency, eager=False),
+    Case("TeacherData", lambda: d.TeacherData(gauss(), d.Conditions(None, 4))),
+    Case("LawPolicy", policy, lambda p: p.log_prob(jnp.asarray(1))),
+    Case("AutoregressivePolicy", lambda: d.AutoregressivePolicy(2, 2, width=4, key=jr.key(0)), tokens, eager=False),
+    Case("Tracked", lambda: d.Tracked(policy())),
+    Case(
+        "FDPG",
+        lambda: d.FDPG(JS(), target, num_draws=8),
+        lambda v: v(d.Tracked(policy()), None, key=jr.key(0))[0],
+        eager=False,
+        zero_grad=True,
+    ),
+    Case("Generate", d.Generate, sample, grad=False, vmap=False),
+    Case("Renoise", lambda: d.Renoise(jnp.array([2.0, 1.0])), sample, vmap=False),
+]
