@@ -98,6 +98,32 @@ def _revive(potential, opt_state, x0, x1, key):
     return eqx.combine(copied, rest), jax.tree.map(forget, opt_state), dead
 
 
+def _anchors(potential: MixturePotential, x0: Float[Array, " n d"]) -> Float[Array, " k d"]:
+    """Where each component works: its mean among the source points, from the center."""
+    logits = jax.vmap(lambda x: jax.nn.log_softmax(potential.terms(x, 0.0)))(x0)
+    return jax.nn.softmax(logits, 0).T @ (x0 - potential.center)
+
+
+def _anchored(potential: MixturePotential, anchors: Float[Array, " k d"], sign: float) -> MixturePotential:
+    """Coordinates of a fit: log-weights and end points as they are at the anchors (sign 1), or back (sign -1).
+
+    Far from where a component works, a small change of its scale or shift is a large change of its weight there. At
+    the anchors they hardly interact, which suits Adam, because it scales each number by itself.
+    """
+    moved = potential.scale.apply(anchors)
+    shifts = potential.shifts + sign * moved
+    raw = potential.shifts if sign > 0 else shifts
+    tilt = jnp.sum(anchors * (moved + 2.0 * raw), -1) / (2.0 * potential.epsilon)
+    return eqx.tree_at(lambda p: (p.log_weights, p.shifts), potential, (potential.log_weights + sign * tilt, shifts))
+
+
+def anchored_units(potential: MixturePotential, rate: Float[Array, ""]) -> tuple[Array, Array, Array]:
+    """Arguments of `light_optimizer` in anchored coordinates: ends in widths of the plan, log-weights in nats."""
+    trace = jnp.trace(potential.scale.dense(potential.dim), axis1=-2, axis2=-1)
+    width = jnp.sqrt(potential.epsilon * jnp.mean(trace) / potential.dim)
+    return rate, width, jnp.asarray(jnp.inf, width.dtype)
+
+
 @eqx.filter_jit
 def run_adam(potential, data, objective, optimizer_args, guard_points, key, *, num_steps, guard, published):
     """The whole fit as one scan: (potential, objective of each step, number of revivals)."""
@@ -105,33 +131,39 @@ def run_adam(potential, data, objective, optimizer_args, guard_points, key, *, n
     schedule = rate if published else lambda step: rate * 0.5 * (1.0 + jnp.cos(jnp.pi * step / num_steps))
     optimizer = light_optimizer(schedule, spread, epsilon)
     mask = trainable(potential)
-    params, rest = eqx.partition(potential, mask)
     period = max(1, num_steps // 40)
     guard0, guard1 = guard_points
+    inner = lambda potential, anchors: potential if published else _anchored(potential, anchors, 1.0)
+    outer = lambda potential, anchors: potential if published else _anchored(potential, anchors, -1.0)
+    anchors = _anchors(potential, guard0)
+    params, rest = eqx.partition(inner(potential, anchors), mask)
 
     def step(carry, index):
-        params, opt_state, revived = carry
+        params, anchors, opt_state, revived = carry
         key_batch, key_guard, key_objective = jr.split(jr.fold_in(key, index), 3)
         batch = data(key_batch)
-        loss = lambda params: objective(Bridge(eqx.combine(params, rest)), batch, key=key_objective)[0]
+        loss = lambda params: objective(Bridge(outer(eqx.combine(params, rest), anchors)), batch, key=key_objective)[0]
         value, gradient = jax.value_and_grad(loss)(params)
         updates, opt_state = optimizer.update(gradient, opt_state, params)
         params = eqx.partition(_tidy(eqx.combine(optax.apply_updates(params, updates), rest)), mask)[0]
         if guard:
 
             def look(args):
-                params, opt_state, revived = args
-                new, opt_state, dead = _revive(eqx.combine(params, rest), opt_state, guard0, guard1, key_guard)
-                return eqx.partition(new, mask)[0], opt_state, revived + dead
+                params, anchors, opt_state, revived = args
+                now = outer(eqx.combine(params, rest), anchors)
+                new, opt_state, dead = _revive(now, opt_state, guard0, guard1, key_guard)
+                anchors = _anchors(new, guard0)
+                return eqx.partition(inner(new, anchors), mask)[0], anchors, opt_state, revived + dead
 
             # Not near the end: what is revived must have time to settle.
             due = (index % period == period - 1) & (index < 0.7 * num_steps)
-            params, opt_state, revived = jax.lax.cond(due, look, lambda args: args, (params, opt_state, revived))
-        return (params, opt_state, revived), value
+            carry = (params, anchors, opt_state, revived)
+            params, anchors, opt_state, revived = jax.lax.cond(due, look, lambda args: args, carry)
+        return (params, anchors, opt_state, revived), value
 
-    init = (params, optimizer.init(params), jnp.zeros((), jnp.int32))
-    (params, _, revived), values = jax.lax.scan(step, init, jnp.arange(num_steps))
-    return eqx.combine(params, rest), values, revived
+    init = (params, anchors, optimizer.init(params), jnp.zeros((), jnp.int32))
+    (params, anchors, _, revived), values = jax.lax.scan(step, init, jnp.arange(num_steps))
+    return _tidy(outer(eqx.combine(params, rest), anchors)), values, revived
 
 
 @eqx.filter_jit
@@ -271,8 +303,8 @@ def fit_light(
         init: `balanced`, or `published` for the recipe of the source below: random targets as shifts, one scale,
             plain Adam with a constant rate, no guard.
         optimizer: `adam` on minibatches, or `lbfgs` on all samples at once.
-        learning_rate: step of the log-scales; other parameters move in units of the data. Default 5e-3 with cosine
-            decay; 1e-3 (constant) for the published recipe.
+        learning_rate: step of the log-scales; end points move in widths of the plan, log-weights in nats. Default
+            2e-2 with cosine decay; 1e-3 (constant) for the published recipe.
         batch_size: samples of each end per step; default 1024, or 128 for the published recipe.
         rank: columns of the low-rank family.
         start_scale: initial scale of the published recipe.
@@ -323,14 +355,14 @@ def fit_light(
         potential, values, revived = _run_lbfgs(potential, x0, x1, num_steps=num_steps)
     else:
         batch_size = batch_size or (128 if published else 1024)
-        rate = jnp.asarray(learning_rate or (1e-3 if published else 5e-3), x1.dtype)
-        spread = jnp.ones((), x1.dtype) if published else jnp.sqrt(jnp.mean(jnp.var(x1, 0)))
+        rate = jnp.asarray(learning_rate or (1e-3 if published else 2e-2), x1.dtype)
+        units = (rate, jnp.ones((), x1.dtype), epsilon) if published else anchored_units(potential, rate)
         data = UnpairedBatches(x0, x1, batch_size)
         potential, values, revived = run_adam(
             potential,
             data,
             LightObjective(),
-            (rate, spread, epsilon),
+            units,
             (few0, few1),
             key_steps,
             num_steps=num_steps,

@@ -16,7 +16,7 @@ from genkit.divergence import PointCost, sinkhorn_potentials
 
 from ._bridge import AbstractBridge, Bridge, check_times
 from ._closed_form import check_epsilon
-from ._fit_light import KINDS, FitReport, check_finished, check_samples, judge, run_adam, start_bridge
+from ._fit_light import KINDS, FitReport, anchored_units, check_finished, check_samples, judge, run_adam, start_bridge
 from ._objectives import MatchingObjective, UnpairedBatches
 from ._start import MAX_POINTS
 
@@ -98,7 +98,7 @@ def fit_matching(
     scale: str = "diag",
     coupling: str = "independent",
     num_steps: int = 5000,
-    learning_rate: float = 5e-3,
+    learning_rate: float = 2e-2,
     batch_size: int = 512,
     rank: int = 8,
     t_max: float = 0.99,
@@ -152,12 +152,11 @@ def fit_matching(
     epsilon = jnp.asarray(epsilon, x1.dtype)
     few = jr.permutation(key_order0, x0)[:MAX_POINTS], jr.permutation(key_order1, x1)[:MAX_POINTS]
     potential = start_bridge(*few, epsilon, num_components, scale=scale, init="balanced", rank=rank, key=key_start)
-    spread = jnp.sqrt(jnp.mean(jnp.var(x1, 0)))
     potential, values, revived = run_adam(
         potential,
         _batches(coupling, x0, x1, epsilon, batch_size),
         MatchingObjective(t_max),
-        (jnp.asarray(learning_rate, x1.dtype), spread, epsilon),
+        anchored_units(potential, jnp.asarray(learning_rate, x1.dtype)),
         few,
         key_steps,
         num_steps=num_steps,

@@ -4,11 +4,14 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import pytest
 
 import genkit as gk
 
 
 FAMILIES = ("iso", "diag", "full", "lowrank")
+# For tests that compile much: a vector and a matrix family by default, the other two with the slow tests.
+FEW_FAMILIES = ("diag", "lowrank", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("iso", "full")))
 
 
 def random_scale(kind, key, k=3, d=3):

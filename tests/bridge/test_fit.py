@@ -1,9 +1,13 @@
 """Fitting light bridges: metrics, start, guard, other routes, wrong input."""
 
+import functools
+
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import numpyro.distributions as dist
 import pytest
 from bridge.helpers import pair_1d, rotated_pair
 
@@ -17,7 +21,33 @@ def pair():
 
 @pytest.fixture(scope="module")
 def data(pair):
-    return pair.sample(4000, key=jr.key(0)), pair.sample(2000, key=jr.key(1))
+    sample = eqx.filter_jit(lambda n, seed: pair.sample(n, key=jr.key(seed)))
+    return sample(4000, 0), sample(2000, 1)
+
+
+@pytest.fixture(scope="module")
+def fitted(data):
+    """Fits of five components at epsilon = 1, one per family, each made when first asked for."""
+    (x0, x1), _ = data
+
+    @functools.cache
+    def fit(scale):
+        steps = 2000 if scale == "full" else 300
+        return gk.bridge.fit_light(x0, x1, 1.0, 5, scale=scale, num_steps=steps, rank=1, key=jr.key(1))
+
+    return fit
+
+
+@pytest.fixture(scope="module")
+def single(data):
+    """One Gaussian for each end, in closed form."""
+    (x0, x1), _ = data
+    return gk.bridge.gaussian(x0.mean(0), jnp.cov(x0.T), x1.mean(0), jnp.cov(x1.T), 1.0)
+
+
+@jax.jit
+def objective(bridge, x0, x1):
+    return bridge.objective(x0, x1)
 
 
 def test_metrics_vanish_on_the_truth_and_agree_with_each_other(pair, data):
@@ -28,7 +58,7 @@ def test_metrics_vanish_on_the_truth_and_agree_with_each_other(pair, data):
     other = gk.bridge.Bridge(eqx.tree_at(lambda p: p.shifts, truth.potential, replace_fn=lambda r: r + 0.3))
     assert float(gk.bridge.cbw2_uvp(other, truth, y0[:50], y1)) > 0.1
     # Two estimators of one divergence; their spread is bounded by that of the log-ratio and of the energies.
-    log_plan = lambda b: b.potential.log_value(y1, 1.0) - b.potential.log_value(y0, 0.0)
+    log_plan = jax.jit(lambda b: b.potential.log_value(y1, 1.0) - b.potential.log_value(y0, 0.0))
     ratio = log_plan(truth) - log_plan(other)
     static = float(gk.bridge.plan_kl(truth, other, y0, y1))
     dynamic = float(gk.bridge.path_kl(truth, other, y0, key=jr.key(2)))
@@ -41,31 +71,32 @@ def test_bw2_of_commuting_gaussians():
     np.testing.assert_allclose(value, 100 * (2.0 + 1.0) / 10.0, rtol=1e-5)
 
 
-@pytest.mark.parametrize("scale", ["iso", "diag", "full", "lowrank"])
-def test_objective_falls_and_the_bridge_lands_on_the_target(data, scale):
+@pytest.mark.parametrize(
+    "scale", ["diag", "full", *(pytest.param(scale, marks=pytest.mark.slow) for scale in ("iso", "lowrank"))]
+)
+def test_objective_falls_and_the_bridge_lands_on_the_target(data, fitted, single, scale):
     (x0, x1), (y0, y1) = data
-    bridge, report = gk.bridge.fit_light(x0, x1, 1.0, 5, scale=scale, num_steps=300, rank=1, key=jr.key(1))
-    assert report.objective.shape == (300,)
+    bridge, report = fitted(scale)
+    assert report.objective.shape == (2000 if scale == "full" else 300,)
     assert float(report.objective[-50:].mean()) < float(report.objective[:10].mean())
     assert float(report.effective_components) > 3
     assert float(report.end_marginal_error) < 0.03
     # Held out, better than one Gaussian of both ends.
-    single = gk.bridge.gaussian(x0.mean(0), jnp.cov(x0.T), x1.mean(0), jnp.cov(x1.T), 1.0)
-    assert float(bridge.objective(y0, y1)) < float(single.objective(y0, y1)) - 0.1
+    assert float(objective(bridge, y0, y1)) < float(objective(single, y0, y1)) - 0.1
     # The objective estimates the divergence up to a constant: differences agree.
-    np.testing.assert_allclose(
-        bridge.objective(x0, x1), jnp.mean(bridge.potential.log_c(x0) - bridge.potential.log_v(x1)), rtol=1e-5
-    )
+    by_parts = jax.jit(lambda b: jnp.mean(b.potential.log_c(x0) - b.potential.log_v(x1)))(bridge)
+    np.testing.assert_allclose(objective(bridge, x0, x1), by_parts, rtol=1e-5)
 
 
-def test_full_scale_recovers_a_rotated_pair(pair, data):
-    (x0, x1), (y0, y1) = data
-    bridge, _ = gk.bridge.fit_light(x0, x1, 1.0, 5, scale="full", num_steps=2000, key=jr.key(1))
+def test_full_scale_recovers_a_rotated_pair(pair, data, fitted):
+    _, (y0, y1) = data
+    bridge, _ = fitted("full")
     assert float(gk.bridge.plan_kl(pair.bridge, bridge, y0, y1)) < 0.01
-    # 4,000 fitting pairs here; the tables with 20,000 are slow tests.
-    assert float(gk.bridge.cbw2_uvp(bridge, pair.bridge, y0[:300], y1)) < 0.2
+    # 4,000 fitting pairs here; the tables with 20,000 are run by hand.
+    assert float(gk.bridge.cbw2_uvp(bridge, pair.bridge, y0[:50], y1)) < 0.2
 
 
+@pytest.mark.slow
 def test_lbfgs_reaches_a_lower_training_objective_than_its_start(data):
     (x0, x1), _ = data
     _, report = gk.bridge.fit_light(x0, x1, 1.0, 5, scale="full", optimizer="lbfgs", num_steps=40, key=jr.key(1))
@@ -73,14 +104,11 @@ def test_lbfgs_reaches_a_lower_training_objective_than_its_start(data):
     assert bool(jnp.all(jnp.diff(report.objective) < 1e-3))
 
 
-def test_fitting_compiles_once_and_sweeps_epsilon_and_rate(data, compilations):
+def test_fitting_compiles_once_and_sweeps_epsilon_and_rate(data, fitted, compilations):
     (x0, x1), _ = data
-    fit = lambda epsilon, rate, key: gk.bridge.fit_light(
-        x0, x1, epsilon, 3, num_steps=20, learning_rate=rate, key=jr.key(key)
-    )
-    fit(1.0, 1e-3, 0)
+    fitted("diag")
     with compilations() as count:
-        fit(0.5, 2e-3, 1)
+        gk.bridge.fit_light(x0, x1, 0.5, 5, num_steps=300, rank=1, learning_rate=2e-3, key=jr.key(2))
     assert count() == 0
 
 
@@ -99,36 +127,43 @@ def test_start_is_balanced_at_small_epsilon():
     assert effective["balanced"] > max(11.0, effective["published"])  # of 12
 
 
-def test_guard_revives_a_dead_component(data):
+def test_guard_revives_a_dead_component(data, fitted):
     from genkit.bridge._fit_light import _revive, component_masses
     from genkit.bridge._objectives import light_optimizer
 
     (x0, x1), _ = data
-    bridge, _ = gk.bridge.fit_light(x0, x1, 1.0, 4, num_steps=50, key=jr.key(1))
+    bridge, _ = fitted("diag")
     dead = eqx.tree_at(lambda p: p.log_weights, bridge.potential, replace_fn=lambda w: w.at[2].set(-60.0))
-    assert float(component_masses(dead, x0, x1)[:, 2].max()) < 1e-6
+    masses = jax.jit(component_masses)
+    assert float(masses(dead, x0, x1)[:, 2].max()) < 1e-6
     params = eqx.filter(dead, eqx.is_inexact_array)
     state = light_optimizer(1e-3, 1.0, 1.0).init(params)
-    alive, _, revived = _revive(dead, state, x0, x1, jr.key(0))
-    assert bool(revived) and float(component_masses(alive, x0, x1)[:, 2].min()) > 0.02
-    same, _, revived = _revive(bridge.potential, state, x0, x1, jr.key(0))
+    revive = jax.jit(_revive)
+    alive, _, revived = revive(dead, state, x0, x1, jr.key(0))
+    assert bool(revived) and float(masses(alive, x0, x1)[:, 2].min()) > 0.02
+    same, _, revived = revive(bridge.potential, state, x0, x1, jr.key(0))
     assert not bool(revived)
     np.testing.assert_array_equal(same.shifts, bridge.potential.shifts)
 
 
-def test_matching_and_sf2m_run_and_learn(data):
+@pytest.mark.slow
+def test_matching_learns(data, single):
     (x0, x1), (y0, y1) = data
     bridge, report = gk.bridge.fit_matching(x0, x1, 1.0, 5, num_steps=200, key=jr.key(1))
-    single = gk.bridge.gaussian(x0.mean(0), jnp.cov(x0.T), x1.mean(0), jnp.cov(x1.T), 1.0)
-    assert float(bridge.objective(y0, y1)) < float(single.objective(y0, y1)) - 0.1
+    assert float(objective(bridge, y0, y1)) < float(objective(single, y0, y1)) - 0.1
     assert bool(jnp.isfinite(report.objective).all())
+
+
+@pytest.mark.slow
+def test_sf2m_learns(data):
+    (x0, x1), (y0, y1) = data
     neural, losses = gk.bridge.sf2m(x0, x1, 1.0, num_steps=400, batch_size=64, key=jr.key(2))
     assert bool(jnp.isfinite(losses).all())
-    ends = neural.sample(y0[:500], jnp.linspace(0.0, 1.0, 21), key=jr.key(4))[:, -1]
+    sample = eqx.filter_jit(lambda b, x, ts: b.sample(x, ts, key=jr.key(4)))
+    paths = sample(neural, y0[:500], jnp.array([0.5, 1.0]))
+    assert paths.shape == (500, 2, 2) and neural.drift(0.3, y0[:4]).shape == (4, 2)
     far = gk.divergence.energy_distance(y0[:500], y1[:500])
-    assert float(gk.divergence.energy_distance(ends, y1[:500])) < 0.25 * float(far)
-    paths = neural.sample(y0[:6], jnp.array([0.5, 1.0]), key=jr.key(3))
-    assert paths.shape == (6, 2, 2) and neural.drift(0.3, y0[:4]).shape == (4, 2)
+    assert float(gk.divergence.energy_distance(paths[:, -1], y1[:500])) < 0.25 * float(far)
     assert neural.epsilon == 1.0
 
 
@@ -195,3 +230,28 @@ def test_wrong_input():
         bridge.transition_log_prob(0.5, jnp.zeros(2), 0.2, jnp.zeros(2))
     with pytest.raises(ValueError, match="with_source"):
         bridge.reverse()
+    with pytest.raises(ValueError, match="source"):
+        bridge.with_source(jnp.zeros((4, 3)))
+    with pytest.raises(ValueError, match="event shape"):
+        bridge.as_distribution(dist.Normal(jnp.zeros(2), 1.0))
+    with pytest.raises(ValueError, match="starts at 0"):
+        bridge.as_distribution(dist.Normal(jnp.zeros(2), 1.0).to_event(1), jnp.array([0.1, 1.0]))
+    with pytest.raises(ValueError, match="num_steps"):
+        gk.bridge.ExactPaths(0)
+
+
+def test_wrong_input_of_the_other_routes():
+    x, key = jr.normal(jr.key(0), (60, 2)), jr.key(1)
+    for fit in (gk.bridge.sf2m, lambda *args, **kw: gk.bridge.fit_matching(*args, 2, **kw)):
+        with pytest.raises(ValueError, match="epsilon"):
+            fit(x, x, 0.0, num_steps=2, key=key)
+        with pytest.raises(ValueError, match="'sinkhorn'"):
+            fit(x, x, 0.1, coupling="exact", num_steps=2, key=key)
+        with pytest.raises(ValueError, match="one end per start"):
+            fit(x, x[:50], 0.1, coupling="paired", num_steps=2, key=key)
+        with pytest.raises(ValueError, match="x1"):
+            fit(x, x[:, :1], 0.1, num_steps=2, key=key)
+    with pytest.raises(ValueError, match="epsilon"):
+        gk.bridge.recipe(x, x, -1.0, 2)
+    with pytest.raises(ValueError, match="'lowrank'"):
+        gk.bridge.recipe(x, x, 0.1, 2, scale="rank")

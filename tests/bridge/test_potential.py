@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import numpyro.distributions as dist
 import pytest
 from bridge.helpers import FAMILIES, dense_log_v, random_potential
 
@@ -24,70 +25,84 @@ def x():
     return jr.normal(jr.key(9), (3,))
 
 
-def test_scale_methods_agree_with_dense_algebra():
-    for kind in FAMILIES:
-        potential = random_potential(kind)
-        dense, eye = potential.scale.dense(3), jnp.eye(3)
-        v = jr.normal(jr.key(3), (3, 3))
-        np.testing.assert_allclose(potential.scale.apply(v), jnp.einsum("kde,ke->kd", dense, v), rtol=1e-11, atol=1e-11)
-        for t in (0.0, 0.4, 1.0):
-            system = (1 - t) * eye + t * dense
-            expected = jnp.linalg.solve(system, v[..., None])[..., 0]
-            np.testing.assert_allclose(potential.scale.resolvent(t, v), expected, rtol=1e-11, atol=1e-11)
-            right = (v + (dense - eye) @ v[0])[..., None]
-            pulled = potential.scale.pull(t, v[0], v)
-            np.testing.assert_allclose(pulled, jnp.linalg.solve(system, right)[..., 0], rtol=1e-11, atol=1e-11)
-            logdet = -jnp.linalg.slogdet(system)[1]
-            np.testing.assert_allclose(potential.scale.logdet_resolvent(t, 3), logdet, rtol=1e-11, atol=1e-11)
+@jax.jit
+def dense_gaps(scale, t, v):
+    """The methods of a family less the same by dense algebra."""
+    dense, eye = scale.dense(3), jnp.eye(3)
+    system = (1 - t) * eye + t * dense
+    solve = lambda right: jnp.linalg.solve(system, right[..., None])[..., 0]
+    return {
+        "apply": scale.apply(v) - jnp.einsum("kde,ke->kd", dense, v),
+        "resolvent": scale.resolvent(t, v) - solve(v),
+        "pull": scale.pull(t, v[0], v) - solve(v + (dense - eye) @ v[0]),
+        "logdet": scale.logdet_resolvent(t, 3) + jnp.linalg.slogdet(system)[1],
+    }
+
+
+def test_scale_methods_agree_with_dense_algebra(potential):
+    v = jr.normal(jr.key(3), (3, 3))
+    for t in (0.0, 0.4, 1.0):
+        for name, gap in dense_gaps(potential.scale, t, v).items():
+            np.testing.assert_allclose(gap, 0.0, rtol=0, atol=1e-11, err_msg=f"{name} at {t}")
+
+
+@jax.jit
+def identities(potential, x, t):
+    """Both sides of every identity of a potential at (x, t); one compilation per family."""
+    epsilon, scale = potential.epsilon, potential.scale.dense(3)
+    z, eye = x - potential.center, jnp.eye(3)
+    quadratic = jnp.einsum("d,kde,e->k", z, scale, z) + 2 * potential.shifts @ z
+    log_c = jax.nn.logsumexp(potential.log_weights + quadratic / (2 * epsilon))
+    phi = lambda x, t: jnp.exp(potential.log_value(x, t) - potential.log_value(jnp.zeros(3), 0.5))
+    rate = jax.grad(phi, 1)(x, t)
+    covs = epsilon * t * ((1 - t) * eye + t * scale)
+    growing = dist.MultivariateNormal(t * potential.shifts, covs).log_prob(z)
+    logits, means = potential.endpoint(x, t)
+    y = x + 0.3
+    return {
+        "log_v": (
+            potential.log_value(x, 1.0) - 1.5 * jnp.log(2 * jnp.pi * epsilon),
+            dense_log_v(potential, x) + z @ z / (2 * epsilon),
+        ),
+        "log_c": (potential.log_value(x, 0.0), log_c - z @ z / (2 * epsilon)),
+        "heat": (rate, -0.5 * epsilon * jnp.trace(jax.hessian(phi)(x, t))),
+        "drift": (potential.drift(x, t), epsilon * jax.grad(lambda x: potential.log_value(x, t))(x)),
+        "weights": (potential.weights(x, t), jax.nn.softmax(potential.log_weights + growing)),
+        "endpoint": (potential.drift(x, t), (jax.nn.softmax(logits) @ means - x) / (1 - t)),
+        "plan": (
+            potential.coupling(x).log_prob(y),
+            potential.log_v(y) + x @ y / epsilon - potential.log_c(x),
+        ),
+        "tilt": (potential.log_c(x), potential.log_value(x, 0.0) + jnp.sum(x * x) / (2 * epsilon)),
+    }
 
 
 def test_value_at_the_ends_is_log_c_and_log_v(potential, x):
-    z = x - potential.center
-    expected = dense_log_v(potential, x) + z @ z / (2 * potential.epsilon)
-    value = potential.log_value(x, 1.0) - 1.5 * jnp.log(2 * jnp.pi * potential.epsilon)
-    np.testing.assert_allclose(value, expected, rtol=0, atol=1e-10)
-    quadratic = jnp.einsum("d,kde,e->k", z, potential.scale.dense(3), z) + 2 * potential.shifts @ z
-    log_c = jax.nn.logsumexp(potential.log_weights + quadratic / (2 * potential.epsilon))
-    expected = log_c - z @ z / (2 * potential.epsilon)
-    np.testing.assert_allclose(potential.log_value(x, 0.0), expected, rtol=0, atol=1e-10)
+    sides = identities(potential, x, 0.3)
+    np.testing.assert_allclose(*sides["log_v"], rtol=0, atol=1e-10)
+    np.testing.assert_allclose(*sides["log_c"], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 0.95])
 def test_backward_heat_equation(potential, x, t):
-    phi = lambda x, t: jnp.exp(potential.log_value(x, t) - potential.log_value(jnp.zeros(3), 0.5))
-    residual = jax.grad(phi, 1)(x, t) + 0.5 * potential.epsilon * jnp.trace(jax.hessian(phi)(x, t))
-    assert abs(residual) < 1e-10 * max(1.0, abs(jax.grad(phi, 1)(x, t)))
+    rate, diffusion = identities(potential, x, t)["heat"]
+    assert abs(rate - diffusion) < 1e-10 * max(1.0, abs(rate))
 
 
 @pytest.mark.parametrize("t", [0.0, 0.6, 1.0])
 def test_drift_is_the_gradient(potential, x, t):
-    gradient = potential.epsilon * jax.grad(lambda x: potential.log_value(x, t))(x)
-    np.testing.assert_allclose(potential.drift(x, t), gradient, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(*identities(potential, x, t)["drift"], rtol=1e-10, atol=1e-10)
 
 
 def test_weights_are_the_responsibilities_of_the_growing_mixture(potential, x):
-    import numpyro.distributions as dist
-
-    t = 0.35
-    covs = potential.epsilon * t * ((1 - t) * jnp.eye(3) + t * potential.scale.dense(3))
-    logits = potential.log_weights + dist.MultivariateNormal(t * potential.shifts, covs).log_prob(x - potential.center)
-    np.testing.assert_allclose(potential.weights(x, t), jax.nn.softmax(logits), rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(*identities(potential, x, 0.35)["weights"], rtol=1e-10, atol=1e-12)
 
 
 def test_endpoint_posterior_gives_the_drift_and_the_plan(potential, x):
-    t = 0.7
-    logits, means = potential.endpoint(x, t)
-    drift = (jax.nn.softmax(logits) @ means - x) / (1 - t)
-    np.testing.assert_allclose(potential.drift(x, t), drift, rtol=1e-9, atol=1e-10)
-    y = x + 0.3
-    tilt = lambda y: jnp.sum(y * y) / (2 * potential.epsilon)
-    np.testing.assert_allclose(
-        potential.coupling(x).log_prob(y),
-        potential.log_v(y) + x @ y / potential.epsilon - potential.log_c(x),
-        rtol=0,
-        atol=1e-10,
-    )
-    np.testing.assert_allclose(potential.log_c(x), potential.log_value(x, 0.0) + tilt(x), rtol=0, atol=1e-10)
+    sides = identities(potential, x, 0.7)
+    np.testing.assert_allclose(*sides["endpoint"], rtol=1e-9, atol=1e-10)
+    np.testing.assert_allclose(*sides["plan"], rtol=0, atol=1e-10)
+    np.testing.assert_allclose(*sides["tilt"], rtol=0, atol=1e-10)
 
 
 def test_constant_drift_and_point_end_members():
@@ -107,8 +122,9 @@ def test_shifted_and_axes():
     potential = random_potential("full")
     xs, ts = jr.normal(jr.key(2), (5, 3)), jnp.linspace(0.0, 1.0, 5)
     np.testing.assert_allclose(potential.shifted(2.0).log_value(xs, ts), potential.log_value(xs, ts) + 2.0, atol=1e-12)
-    looped = jnp.stack([potential.drift(x, t) for x, t in zip(xs, ts, strict=True)])
-    np.testing.assert_allclose(potential.drift(xs, ts), looped, rtol=1e-12)
+    drift = jax.jit(potential.drift)
+    looped = jnp.stack([drift(x, t) for x, t in zip(xs, ts, strict=True)])
+    np.testing.assert_allclose(drift(xs, ts), looped, rtol=1e-12)
     assert potential.weights(xs, 0.5).shape == (5, 3)
 
 

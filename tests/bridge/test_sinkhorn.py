@@ -140,6 +140,31 @@ def test_monge_gap_against_an_exact_assignment(fn, optimal, cost):
     assert exact - epsilon * np.log(12) - 100 * tol <= gap <= exact + 100 * tol
 
 
+def test_training_on_the_monge_gap_makes_a_map_optimal():
+    """A rotated and stretched linear map, descended on its gap alone, ends in an optimal assignment of its samples."""
+    x = jr.normal(jr.key(0), (12, 2))
+    fn = lambda matrix: lambda x: matrix @ x
+    step = jax.jit(jax.value_and_grad(lambda a: gk.bridge.monge_gap(fn(a), x, epsilon=0.3, tol=1e-3)))
+    matrix = jnp.asarray(TURN)
+    first = assignment_gap(fn(matrix), x, half_square)
+    for _ in range(40):
+        matrix = matrix - 0.2 * step(matrix)[1]
+    assert first > 0.1
+    assert assignment_gap(fn(matrix), x, half_square) < 0.02 * first
+
+
+def test_monge_gap_refuses_what_it_cannot_judge():
+    x = jr.normal(jr.key(0), (12, 2))
+    with pytest.raises(ValueError, match="epsilon"):
+        gk.bridge.monge_gap(lambda x: -x, x, epsilon=0.0)
+    with pytest.raises(ValueError, match="one space"):
+        gk.bridge.monge_gap(lambda x: x[:1], x, epsilon=0.1)
+    with pytest.raises(gk.NonFiniteError, match="x"):
+        gk.bridge.monge_gap(lambda x: -x, x.at[0, 0].set(jnp.nan), epsilon=0.1)
+    with pytest.raises(Exception, match="did not converge within 2 sweeps"):
+        gk.bridge.monge_gap(lambda x: -x, x, epsilon=0.01, max_iterations=2)
+
+
 def test_wrong_input(points):
     x, y = points
     for epsilon in (0.0, -1.0, float("nan")):
