@@ -18,7 +18,7 @@ from genkit._core._checks import check, check_count, describe
 from genkit.divergence import FDivergence, ReverseKL
 
 from ._losses import AbstractLoss, FDistill
-from ._model import Distillation, Guided
+from ._model import Distillation, Guided, has_density
 from ._objectives import cycle
 from ._ratios import AbstractRatio, DiscriminatorRatio, EmpiricalRatio, ExactRatio, NoRatio
 
@@ -365,7 +365,8 @@ def check_parts(model: Distillation, loss: AbstractLoss, cond: Any) -> None:
             if model.guidance is not None:
                 kind = type(model.guidance).__name__
                 hint = "Use DiscriminatorRatio(net) with `positives`, or ScoreRatio(sigma_max)."
-                check(kind == "CFG", "guidance", f"None or `gk.guidance.cfg(scale)` for {name}", kind, hint)
+                asked = f"None or a weighted sum of predictions, such as `gk.guidance.cfg(scale)`, for {name}"
+                check(has_density(model.guidance), "guidance", asked, kind, hint)
         if isinstance(ratio, ExactRatio):
             hint = "Give it a method `denoiser()` that returns an analytic denoiser, or use another ratio."
             check(hasattr(model.student, "denoiser"), "student", "of a law in closed form", "no `denoiser()`", hint)

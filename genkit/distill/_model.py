@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, ArrayLike, Float, Inexact, Key, PyTree
 
-from genkit._core import Context, Denoiser, Guidance
+from genkit._core import Context, Denoiser, Guidance, Slot
 from genkit._core._checks import check, describe
 from genkit._core._fields import FROZEN
 from genkit._core._runner import Runner
-from genkit.guidance import CFG
+from genkit.guidance import Linear
 
 
 class Guided(Denoiser):
@@ -61,12 +61,8 @@ class Guided(Denoiser):
         self, x: Inexact[ArrayLike, " *shape"], sigma: Float[ArrayLike, ""], cond: Any = None
     ) -> Inexact[Array, " *shape"]:
         """The guided prediction; see `Denoiser`."""
-        x = jnp.asarray(x)
-        sigma, zero = jnp.asarray(sigma, x.dtype), jnp.zeros((), jnp.int32)
-        batch = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], cond)
-        keys = jr.split(jr.key(0), 1)
-        ctx = Context(x[None], sigma, sigma, 0 * sigma, zero, zero + 1, jnp.asarray(False), batch, keys)
-        carry = jax.vmap(self.guidance.init)(x[None])
+        ctx = _place(jnp.asarray(x), sigma, cond)
+        carry = jax.vmap(self.guidance.init)(ctx.x)
         return Runner(self.denoiser, self.guidance, "dynamic", False)(ctx, carry)[0][0]
 
     def log_density(
@@ -74,7 +70,8 @@ class Guided(Denoiser):
     ) -> Float[Array, ""]:
         r"""Log-density, up to a constant of the noise level, of the law whose score the guided prediction is.
 
-        Known for classifier-free guidance of an analytic denoiser: $w \log p(x \mid c) + (1 - w) \log p(x)$.
+        Known for weighted sums of the predictions of analytic denoisers, such as classifier-free guidance: the same sum
+        of log-densities, $w \log p(x \mid c) + (1 - w) \log p(x)$.
 
         Args:
             x: noisy example.
@@ -87,14 +84,34 @@ class Guided(Denoiser):
         Raises:
             ValueError: for another guidance.
         """
-        if not isinstance(self.guidance, CFG):
-            raise ValueError(  # noqa: TRY004 (a guidance it is, but not one with a density)
-                f"`guidance` must be None or `gk.guidance.cfg(scale)` for a ratio in closed form; "
-                f"got {type(self.guidance).__name__}. Use DiscriminatorRatio(net) with `positives`."
+        if not has_density(self.guidance):
+            raise ValueError(
+                "`guidance` must be None or a weighted sum of predictions, such as `gk.guidance.cfg(scale)`, for a ratio "
+                f"in closed form; got {type(self.guidance).__name__}. Use DiscriminatorRatio(net) with `positives`."
             )
-        log_density: Callable = self.denoiser.log_density  # pyright: ignore[reportFunctionMemberAccess]
-        scale = self.guidance.scale
-        return scale * log_density(x, sigma, cond) + (1 - scale) * log_density(x, sigma, None)
+        x = jnp.asarray(x)
+        slots: tuple[Slot, ...] = self.guidance.predictions
+        weights = [weight(_place(x, sigma, cond)).astype(x.dtype) for weight in self.guidance.weights]
+        shares = [1 - sum(weights, jnp.zeros((), x.dtype)), *weights]
+        densities = []
+        for slot in slots:
+            law: Any = self.denoiser if slot.net is None else slot.net
+            given = {"given": cond, "null": None}[slot.cond] if isinstance(slot.cond, str) else slot.cond
+            densities.append(law.log_density(x, sigma, given))
+        return sum((share * value for share, value in zip(shares, densities, strict=True)), jnp.zeros((), x.dtype))
+
+
+def has_density(guidance: Any) -> bool:
+    """Whether the guided prediction is the score of a law known up to a constant."""
+    plain = lambda slot: slot.loss is None and slot.ask is None and slot.cond != "asked"
+    return isinstance(guidance, Linear) and all(plain(slot) for slot in guidance.predictions)
+
+
+def _place(x: Array, sigma: ArrayLike, cond: Any) -> Context:
+    """One example at one noise level as a batch of one, in the first of one step."""
+    sigma, zero = jnp.asarray(sigma, x.dtype), jnp.zeros((), jnp.int32)
+    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], cond)
+    return Context(x[None], sigma, sigma, 0 * sigma, zero, zero + 1, jnp.asarray(False), batch, jr.split(jr.key(0), 1))
 
 
 class Distillation(eqx.Module):
