@@ -1,7 +1,7 @@
 """What is distilled from what: the student with its critics, and the guided teacher."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import equinox as eqx
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, ArrayLike, Float, Inexact, Key, PyTree
 
-from genkit._core import Context, Denoiser, Guidance, Slot
+from genkit._core import Context, Denoiser, Guidance
 from genkit._core._checks import check, describe
 from genkit._core._fields import FROZEN
 from genkit._core._runner import Runner
@@ -84,24 +84,24 @@ class Guided(Denoiser):
         Raises:
             ValueError: for another guidance.
         """
-        if not has_density(self.guidance):
+        guidance = self.guidance
+        if not has_density(guidance):
             raise ValueError(
-                "`guidance` must be None or a weighted sum of predictions, such as `gk.guidance.cfg(scale)`, for a ratio "
-                f"in closed form; got {type(self.guidance).__name__}. Use DiscriminatorRatio(net) with `positives`."
+                "`guidance` must be None or a weighted sum of predictions, such as `gk.guidance.cfg(scale)`, for a "
+                f"ratio in closed form; got {type(guidance).__name__}. Use DiscriminatorRatio(net) with `positives`."
             )
         x = jnp.asarray(x)
-        slots: tuple[Slot, ...] = self.guidance.predictions
-        weights = [weight(_place(x, sigma, cond)).astype(x.dtype) for weight in self.guidance.weights]
+        weights = [weight(_place(x, sigma, cond)).astype(x.dtype) for weight in guidance.weights]
         shares = [1 - sum(weights, jnp.zeros((), x.dtype)), *weights]
         densities = []
-        for slot in slots:
+        for slot in guidance.predictions:
             law: Any = self.denoiser if slot.net is None else slot.net
             given = {"given": cond, "null": None}[slot.cond] if isinstance(slot.cond, str) else slot.cond
             densities.append(law.log_density(x, sigma, given))
         return sum((share * value for share, value in zip(shares, densities, strict=True)), jnp.zeros((), x.dtype))
 
 
-def has_density(guidance: Any) -> bool:
+def has_density(guidance: Any) -> TypeGuard[Linear]:
     """Whether the guided prediction is the score of a law known up to a constant."""
     plain = lambda slot: slot.loss is None and slot.ask is None and slot.cond != "asked"
     return isinstance(guidance, Linear) and all(plain(slot) for slot in guidance.predictions)
