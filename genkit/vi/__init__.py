@@ -21,6 +21,7 @@ from ._maximize import ProgramObjective as ProgramObjective, maximize as maximiz
 from ._multishot import RLOO as RLOO, DisARM as DisARM, Enum as Enum, Lanes as Lanes
 from ._mvd import MVD as MVD
 from ._nested import flow as flow, marginal as marginal, normalize as normalize
+from ._neutra import neutra as neutra
 from ._objectives import cubo as cubo, elbo as elbo, iwelbo as iwelbo, renyi as renyi
 from ._population import SIR as SIR, SMC as SMC
 from ._program import (

@@ -37,9 +37,27 @@ class AbstractBase(eqx.Module):
             The log-density.
         """
 
+    @abc.abstractmethod
+    def transport(self, z: Float[Array, " d"]) -> tuple[Float[Array, " d"], Float[Array, ""]]:
+        """The law as the image of a standard normal.
+
+        Args:
+            z: a point; standard normal points are mapped to draws.
+
+        Returns:
+            Its image and the log-determinant of the map there.
+        """
+
 
 def _log_normal(z: Any) -> Any:
     return -0.5 * jnp.sum(z**2) - 0.5 * z.size * math.log(2 * math.pi)
+
+
+def _push(base: AbstractBase, key: Any, like: Any) -> tuple[Any, Any]:
+    """Draw by transport."""
+    z = jr.normal(key, like.shape, like.dtype)
+    x, log_det = base.transport(z)
+    return x, _log_normal(z) - log_det
 
 
 class DiagonalNormal(AbstractBase):
@@ -55,8 +73,11 @@ class DiagonalNormal(AbstractBase):
 
     def sample(self, key: Key[Array, ""]) -> tuple[Float[Array, " d"], Float[Array, ""]]:
         """Draw a point and its log-density."""
-        z = jr.normal(key, self.loc.shape, self.loc.dtype)
-        return self.loc + jnp.exp(self.log_scale) * z, _log_normal(z) - jnp.sum(self.log_scale)
+        return _push(self, key, self.loc)
+
+    def transport(self, z: Float[Array, " d"]) -> tuple[Float[Array, " d"], Float[Array, ""]]:
+        """Scale and shift."""
+        return self.loc + jnp.exp(self.log_scale) * z, jnp.sum(self.log_scale)
 
     def log_density(self, x: Float[Array, " d"]) -> Float[Array, ""]:
         """The log-density of a point."""
@@ -82,8 +103,11 @@ class FullNormal(AbstractBase):
 
     def sample(self, key: Key[Array, ""]) -> tuple[Float[Array, " d"], Float[Array, ""]]:
         """Draw a point and its log-density."""
-        z = jr.normal(key, self.loc.shape, self.loc.dtype)
-        return self.loc + self._factor() @ z, _log_normal(z) - jnp.sum(self.log_scale)
+        return _push(self, key, self.loc)
+
+    def transport(self, z: Float[Array, " d"]) -> tuple[Float[Array, " d"], Float[Array, ""]]:
+        """Multiply by the Cholesky factor and shift."""
+        return self.loc + self._factor() @ z, jnp.sum(self.log_scale)
 
     def log_density(self, x: Float[Array, " d"]) -> Float[Array, ""]:
         """The log-density of a point."""
@@ -111,6 +135,12 @@ class LowRankNormal(AbstractBase):
         shared = self.factor @ jr.normal(key_factor, self.factor.shape[1:], self.loc.dtype)
         x = self.loc + own + shared
         return x, self.log_density(x)
+
+    def transport(self, z: Float[Array, " d"]) -> tuple[Float[Array, " d"], Float[Array, ""]]:
+        """Multiply by the Cholesky factor of the covariance, at a cost of d^3, and shift."""
+        cov = jnp.diag(jnp.exp(2 * self.log_scale)) + self.factor @ self.factor.T
+        factor = jnp.linalg.cholesky(cov)
+        return self.loc + factor @ z, jnp.sum(jnp.log(jnp.diagonal(factor)))
 
     def log_density(self, x: Float[Array, " d"]) -> Float[Array, ""]:
         """The log-density of a point, by the matrix determinant and Woodbury identities."""
@@ -184,13 +214,15 @@ class CouplingFlow(AbstractBase):
 
     def sample(self, key: Key[Array, ""]) -> tuple[Float[Array, " d"], Float[Array, ""]]:
         """Draw a point and its log-density."""
-        z = jr.normal(key, self.base.loc.shape, self.base.loc.dtype)
-        log_density = _log_normal(z)
+        return _push(self, key, self.base.loc)
+
+    def transport(self, z: Float[Array, " d"]) -> tuple[Float[Array, " d"], Float[Array, ""]]:
+        """Run the layers, then scale and shift."""
+        total = jnp.sum(self.base.log_scale)
         for layer in self.layers:
             z, log_det = layer.forward(z)
-            log_density = log_density - log_det
-        x = self.base.loc + jnp.exp(self.base.log_scale) * z
-        return x, log_density - jnp.sum(self.base.log_scale)
+            total = total + log_det
+        return self.base.loc + jnp.exp(self.base.log_scale) * z, total
 
     def log_density(self, x: Float[Array, " d"]) -> Float[Array, ""]:
         """The log-density of a point."""

@@ -3,6 +3,7 @@
 import math
 import time
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -10,7 +11,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from numpyro.infer import Trace_ELBO
+from numpyro.infer import RenyiELBO, Trace_ELBO
 
 from genkit import vi
 
@@ -56,38 +57,163 @@ def by_numpyro(t, key):
     return -Trace_ELBO().loss(key, {"t": t}, cone, guide)
 
 
-def measure(fns, rounds=40, inner=200):
-    """Median time of one step of each, in alternation, inside one compiled loop of `inner` steps."""
-    t = jnp.array([2.0, 0.1, -2.0, -1.0])
+def in_a_loop(fn, start, inner):
+    """`inner` gradient steps of the mean over particles, as one compiled function."""
 
-    def loop(fn):
-        def mean(t, key):
-            return jnp.mean(jax.vmap(lambda k: fn(t, k))(jr.split(key, PARTICLES)))
+    def mean(t, key):
+        return jnp.mean(jax.vmap(lambda k: fn(t, k))(jr.split(key, PARTICLES)))
 
-        def step(t, i):
-            return t + 1e-6 * jax.grad(mean)(t, jr.fold_in(jr.key(0), i)), None
+    def step(t, i):
+        slope = jax.grad(mean)(t, jr.fold_in(jr.key(0), i))
+        return jax.tree.map(lambda a, b: a + 1e-6 * b, t, slope), None
 
-        return jax.jit(lambda t: jax.lax.scan(step, t, jnp.arange(inner))[0])
+    return jax.jit(lambda t: jax.lax.scan(step, t, jnp.arange(inner))[0]), start
 
+
+def measure(loops, inner, rounds=40):
+    """The least time of a step of each, run in alternation, and the time to compile it."""
     compiled, compile_times = [], []
-    for fn in fns:
+    for loop, start in loops:
         begin = time.perf_counter()
-        compiled.append(loop(fn).lower(t).compile())
+        compiled.append((loop.lower(start).compile(), start))
         compile_times.append(time.perf_counter() - begin)
-    times = [[] for _ in fns]
+    times = [[] for _ in loops]
     for _ in range(rounds):
-        for run, seen in zip(compiled, times, strict=True):
+        for (run, start), seen in zip(compiled, times, strict=True):
             begin = time.perf_counter()
-            jax.block_until_ready(run(t))
+            jax.block_until_ready(run(start))
             seen.append((time.perf_counter() - begin) / inner)
     return [float(np.min(seen)) for seen in times], compile_times
 
 
-def test_cone_elbo_step(capsys):
-    (mine, hand, peer), compile_times = measure([ours, hand_elbo, by_numpyro])
+def report(capsys, what, names, times, compile_times):
     with capsys.disabled():
-        print(f"\ncone ELBO, {PARTICLES} particles: genkit {mine * 1e6:.1f} us, by hand {hand * 1e6:.1f} us "
-              f"(ratio {mine / hand:.3f}), numpyro {peer * 1e6:.1f} us (ratio {mine / peer:.3f}); "
-              f"compile {compile_times[0]:.2f} / {compile_times[1]:.2f} / {compile_times[2]:.2f} s")  # fmt: skip
-    assert mine <= 1.10 * hand
-    assert mine <= 1.05 * peer
+        parts = [
+            f"{n} {1e6 * t:.1f} us, compiled in {c:.2f} s" for n, t, c in zip(names, times, compile_times, strict=True)
+        ]
+        print(f"\n{what}: " + "; ".join(parts) + f"; ratio to hand-written {times[0] / times[1]:.3f}")
+
+
+POINT = (2.0, 0.1, -2.0, -1.0)
+
+
+def test_cone_elbo_step(capsys):
+    loops = [in_a_loop(fn, jnp.array(POINT), 200) for fn in (ours, hand_elbo, by_numpyro)]
+    times, compile_times = measure(loops, 200)
+    report(capsys, f"cone ELBO, {PARTICLES} particles", ("genkit", "by hand", "numpyro"), times, compile_times)
+    assert times[0] <= 1.10 * times[1]
+    assert times[0] <= times[2]
+
+
+def test_cone_iwelbo_step(capsys):
+    """Five importance samples each."""
+    mine = lambda t, key: vi.E(lambda: vi.iwelbo(vi.program(cone)(), vi.program(cone_guide)(t), 5))(key=key)
+    hand = lambda t, key: jax.nn.logsumexp(jax.vmap(lambda k: hand_elbo(t, k))(jr.split(key, 5))) - math.log(5)
+
+    def peer(t, key):
+        guide = lambda: cone_guide(numpyro.param("t", t))
+        return -RenyiELBO(alpha=0.0, num_particles=5).loss(key, {"t": t}, cone, guide)
+
+    loops = [in_a_loop(fn, jnp.array(POINT), 100) for fn in (mine, hand, peer)]
+    times, compile_times = measure(loops, 100)
+    report(capsys, f"cone IWELBO5, {PARTICLES} estimates", ("genkit", "by hand", "numpyro"), times, compile_times)
+    assert times[0] <= 1.10 * times[1]
+    assert times[0] <= times[2]
+
+
+# --- the auto-encoder of digits -----------------------------------------------------------------------------------
+
+LATENT = 10
+
+
+def vae_start():
+    key_encoder, key_decoder = jr.split(jr.key(0))
+    encoder = eqx.nn.MLP(64, 2 * LATENT, 128, 1, jax.nn.leaky_relu, key=key_encoder)
+    return encoder, eqx.nn.MLP(LATENT, 64, 128, 1, jax.nn.leaky_relu, key=key_decoder)
+
+
+def vae_model(decoder, counts):
+    with numpyro.plate("image", counts.shape[0]):
+        z = numpyro.sample("z", dist.Normal(jnp.zeros(LATENT), 1.0).to_event(1))
+        numpyro.sample("x", dist.Bernoulli(logits=jax.vmap(decoder)(z)).to_event(1), obs=counts)
+
+
+def vae_guide(encoder, counts):
+    with numpyro.plate("image", counts.shape[0]):
+        loc, log_scale = jnp.split(jax.vmap(encoder)(counts), 2, axis=-1)
+        numpyro.sample("z", dist.Normal(loc, jnp.exp(log_scale)).to_event(1))
+
+
+def vae_ours(nets, counts, key):
+    p, q = vi.program(vae_model)(nets[1], counts), vi.program(vae_guide)(nets[0], counts)
+    return vi.E(lambda: vi.elbo(p, q))(key=key)
+
+
+def vae_hand(nets, counts, key):
+    loc, log_scale = jnp.split(jax.vmap(nets[0])(counts), 2, axis=-1)
+    noise = jr.normal(key, loc.shape)
+    z = loc + jnp.exp(log_scale) * noise
+    logits = jax.vmap(nets[1])(z)
+    log_p = jnp.sum(counts * logits - jax.nn.softplus(logits)) + jnp.sum(log_normal(z, 0.0, 0.0))
+    return log_p - jnp.sum(log_normal(z, loc, log_scale))
+
+
+def vae_numpyro(nets, counts, key):
+    model = lambda: vae_model(nets[1], counts)
+    guide = lambda: vae_guide(nets[0], counts)
+    return -Trace_ELBO().loss(key, {}, model, guide)
+
+
+def test_vae_step(capsys):
+    counts = (jr.uniform(jr.key(5), (128, 64)) < 0.3).astype(jnp.float32)
+    start, static = eqx.partition(vae_start(), eqx.is_array)
+
+    def loop(fn):
+        def step(t, i):
+            slope = jax.grad(lambda t: fn(eqx.combine(t, static), counts, jr.fold_in(jr.key(0), i)))(t)
+            return jax.tree.map(lambda a, b: a + 1e-9 * b, t, slope), None
+
+        return jax.jit(lambda t: jax.lax.scan(step, t, jnp.arange(50))[0]), start
+
+    times, compile_times = measure([loop(fn) for fn in (vae_ours, vae_hand, vae_numpyro)], 50, rounds=20)
+    report(capsys, "digits VAE ELBO, batch of 128", ("genkit", "by hand", "numpyro"), times, compile_times)
+    assert times[0] <= 1.10 * times[1]
+    assert times[0] <= times[2]
+
+
+# --- enumeration --------------------------------------------------------------------------------------------------
+
+
+def chain(t, length):
+    """A chain of coins, every one enumerated: twice as many paths with each."""
+    total, last = 0.0, 0
+    for i in range(length):
+        last = vi.sample(f"b{i}", dist.Bernoulli(jax.nn.sigmoid(t + last)), grad=vi.Enum())
+        total = total + jnp.sin(i + 1.0) * last
+    return total**2
+
+
+def test_compile_time_grows_slowly_with_enumerated_sites(capsys):
+    seconds = {}
+    for length in (2, 4, 8):
+        fn = jax.jit(jax.grad(lambda t, n=length: vi.E(lambda: chain(t, n))(key=jr.key(0))))
+        begin = time.perf_counter()
+        fn.lower(0.3).compile()
+        seconds[length] = time.perf_counter() - begin
+    with capsys.disabled():
+        print("\ncompile time by enumerated sites: " + ", ".join(f"{n}: {s:.2f} s" for n, s in seconds.items()))
+    assert seconds[8] <= 2 * 16 * seconds[2]  # unrolled branches would take 64 times as long, and more
+
+
+def test_variance_times_time_by_strategy(capsys):
+    """The mixture of the first page, one discrete site, under each strategy."""
+
+    def fn(t):
+        b = vi.sample("b", dist.Bernoulli(logits=t), grad=vi.Score())
+        return (b + vi.sample("x", dist.Normal(t, 1.0)) - 0.5) ** 2
+
+    table = vi.variance_report(fn, jnp.array(0.2), key=jr.key(0), num_samples=4096)
+    with capsys.disabled():
+        print(f"\n{table}")
+    rows = {row.strategy: row for row in table.rows if row.site == "b"}
+    assert rows["Enum"].work < table.rows[0].work
