@@ -16,7 +16,7 @@ import genkit as gk
 NUM_STEPS = 4_000
 
 digits = gk.data.digits()
-PATH = gk.diffusion.KineticOptimal.from_data(digits.x_train, num_nodes=256)
+PATH = gk.diffusion.KineticOptimal.from_data(digits.x_train[:512], num_nodes=256)
 
 
 def build(key):

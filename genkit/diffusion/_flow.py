@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array
 
 from genkit._core._checks import check, check_count, check_finite, check_positive, describe, is_concrete
 
@@ -80,8 +80,8 @@ def solve(
     start: tuple[Array, Any],
     ends: tuple[Array, Array],
     *,
-    rtol: Float[ArrayLike, ""],
-    atol: Float[ArrayLike, ""],
+    rtol: Any,
+    atol: Any,
     max_steps: int,
 ) -> Solution:
     """Integrate a field of (state, extra) between two angles; a failure is reported, never raised."""
@@ -90,7 +90,7 @@ def solve(
     check_count("max_steps", max_steps)
     first, last = ends
     solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(lambda t, y, args: field(t, y)),
+        diffrax.ODETerm(lambda t, y, args: field(jnp.asarray(t), y)),
         diffrax.Tsit5(),
         t0=first,
         t1=last,

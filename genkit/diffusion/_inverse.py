@@ -187,7 +187,7 @@ class Measurement(Denoiser):
     def _apply(self, x: Array) -> Array:
         """The operator."""
         if callable(self.operator):
-            return self.operator(x)
+            return jnp.asarray(self.operator(x))
         return (self.operator.astype(x.dtype) @ x.ravel()).reshape(self.y.shape)
 
     def _transpose(self, v: Array, x: Array) -> Array:

@@ -91,6 +91,7 @@ class Hutchinson(Trace):
     def probes(self, z: Float[Array, " *shape"], key: Key[Array, ""] | None) -> Float[Array, " k *shape"]:
         """Random signs."""
         check_key(key)
+        assert key is not None, "no key is no typed key"
         return jr.rademacher(key, (self.num_probes, *z.shape), z.dtype)
 
     def __call__(

@@ -272,6 +272,7 @@ class WithUncertainty(Denoiser):
         check(callable(denoiser), "denoiser", "a callable (x, sigma, cond=None) -> x0", denoiser)
         if log_variance is None:
             check(key is not None, "key", "given where `log_variance` is not", "None")
+            assert key is not None, "checked above"
             log_variance = _LevelNet(key=key)
         self.denoiser, self.log_variance = denoiser, log_variance
 

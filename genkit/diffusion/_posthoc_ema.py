@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from genkit._core._checks import check, check_count, check_interval
 from genkit._core._fields import trainable
@@ -80,7 +80,7 @@ class PowerEMA(eqx.Module):
         for width in widths:
             ema_exponent(width)
         held = eqx.filter(model, trainable(model))
-        return cls((held, held), jnp.zeros((), jnp.int32), tuple(widths))
+        return cls((held, held), jnp.zeros((), jnp.int32), (float(widths[0]), float(widths[1])))
 
     def update(self, model: PyTree) -> "PowerEMA":
         """Take in the model after a step; traceable.
@@ -101,8 +101,9 @@ class PowerEMA(eqx.Module):
             rate = jnp.where(first, 1, -jnp.expm1((ema_exponent(width) + 1) * log))
             return jax.tree.map(lambda m, x: m + rate.astype(x.dtype) * (x - m), mean, held)
 
-        averages = tuple(average(mean, width) for mean, width in zip(self.averages, self.widths, strict=True))
-        return PowerEMA(averages, step, self.widths)  # ty: ignore
+        (first_mean, second_mean), (first_width, second_width) = self.averages, self.widths
+        averages = (average(first_mean, first_width), average(second_mean, second_width))
+        return PowerEMA(averages, step, self.widths)
 
 
 def posthoc_ema(snapshots: Sequence[PowerEMA], width: float, *, model: PyTree, step: int | None = None) -> PyTree:
@@ -152,7 +153,7 @@ def _combine(coefficients: Float[np.ndarray, " k"], leaves: Sequence[Any]) -> Ar
     return jnp.asarray(total, leaves[0].dtype)
 
 
-def _fit(steps: np.ndarray, exponents: np.ndarray, step: int, exponent: float) -> Float[ArrayLike, " k"]:
+def _fit(steps: np.ndarray, exponents: np.ndarray, step: int, exponent: float) -> Float[np.ndarray, " k"]:
     """Least-squares weights of power-function laws for another one."""
     inner = _inner(steps[:, None], exponents[:, None], steps[None], exponents[None])
     right = _inner(steps, exponents, np.asarray(step), np.asarray(exponent))

@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Inexact, Key
 
 from genkit._core import AbstractSampler
@@ -203,9 +204,10 @@ class Teleported(AbstractSampler):
         if not isinstance(gaussian, GaussianDenoiser):
             raise TypeError(f"`gaussian` must be a `GaussianDenoiser`; got {describe(gaussian)}.")
         if sigma_skip is None:
-            known = isinstance(self.sampler, Sampler)
-            check(known, "sigma_skip", "given with a sampler that is no table", "None")
-            sigma_skip = self.sampler.table.sigma[0]  # ty: ignore
+            table = self.sampler.table if isinstance(self.sampler, Sampler) else None
+            check(table is not None, "sigma_skip", "given with a sampler that is no table", "None")
+            assert table is not None, "checked above"
+            sigma_skip = np.asarray(table.sigma)[0]
         chart(None, sigma_skip, sigma_max, 1.0, jnp.result_type(float))
         self.gaussian, self.sigma_max, self.sigma_skip = gaussian, as_number(sigma_max), as_number(sigma_skip)
 

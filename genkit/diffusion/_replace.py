@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -51,10 +52,10 @@ class Replacement(StepTransform):
     appendix I.2. The denoised state is replaced by `y` and not by a noisy copy, unlike in the published code.
     """
 
-    at: str = "end"
     mask: Float[Array, " *shape"]
     y: Float[Array, " *shape"]
     basis: Float[Array, " c c"] | None
+    at: str = eqx.field(static=True, default="end")
 
     def __init__(
         self,

@@ -148,7 +148,7 @@ def velocity_ab(grid: Float[ArrayLike, " levels"], order: int = 2, warm_start: b
 def rosenbrock(
     grid: Float[ArrayLike, " levels"],
     order: int = 3,
-    sigma_data: Float[ArrayLike, ""] | float = 1.0,
+    sigma_data: float = 1.0,
     warm_start: bool = False,
 ) -> Table:
     r"""Rosenbrock-type multistep: the linear part of the flow of Gaussian data is solved exactly.
@@ -246,7 +246,7 @@ def _multistep(grid: Float[ArrayLike, " levels"], family: Family, order: int, wa
     """The multistep method of a family."""
     levels = check_grid(grid)
     _check_order(order)
-    clock = [family.clock(s) if s > 0 else None for s in levels]
+    clock = [family.clock(s) for s in levels if s > 0]
     rows: list[Row] = []
     calls: list[int] = []
     for i, (s, t) in enumerate(itertools.pairwise(levels)):

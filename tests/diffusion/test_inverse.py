@@ -161,7 +161,7 @@ def test_the_spectral_sampler():
     law = gd.GaussianDenoiser(jnp.zeros(4), jnp.array(1.0))
     num = 3000
     draw = lambda noise: (
-        gk.sample(gd.DDRM(gd.karras(40, 0.01, 10.0), OPERATOR, Y, noise), law, num, key=jr.key(0)).value
+        gk.sample(gd.DDRM(gd.karras(40, 0.01, 10.0), OPERATOR, Y, noise, eta=0.0), law, num, key=jr.key(0)).value
     )
     exact = draw(0.0)
     np.testing.assert_allclose(exact @ OPERATOR.T, np.broadcast_to(Y, (num, 2)), atol=1e-4)

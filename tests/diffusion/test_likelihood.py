@@ -142,7 +142,7 @@ def test_teleportation_is_exact_on_gaussian_data(x64):
     whole = gk.sample(gd.unipc(gd.log_uniform(120, 0.01, 40.0)), law, 2, key=jr.key(0), x_init=x)
     short = gd.Teleported(gd.unipc(gd.log_uniform(80, 0.01, 2.0)), law, 40.0)
     skipped = gk.sample(short, law, 2, key=jr.key(0), x_init=x)
-    np.testing.assert_allclose(skipped.value, whole.value, atol=1e-5)
+    np.testing.assert_allclose(skipped.value, whole.value, atol=1e-4)
     assert int(skipped.nfe[0]) < 0.7 * int(whole.nfe[0])
 
 

@@ -70,7 +70,7 @@ def test_denoising_score_matching_recovers_the_smoothed_score(x64):
 
 def test_bounds_hold_and_are_tight_for_the_exact_model(x64):
     law = gd.GaussianDenoiser(jnp.zeros(2), jnp.asarray(COV))
-    x = jnp.asarray(np.tile(batch_of(4000), (8, 1)))
+    x = jnp.asarray(np.tile(batch_of(4000), (100, 1)))
     exact = 0.5 * (2 * (1 + np.log(2 * np.pi)) + np.linalg.slogdet(COV)[1])
     low, high = 0.01, 100.0
     grids = [gd.log_uniform(n, low, high, None) for n in (20, 2000)]
@@ -82,15 +82,16 @@ def test_bounds_hold_and_are_tight_for_the_exact_model(x64):
 
     (bound, parts), (coarse, fine) = values(law)
     np.testing.assert_allclose(bound, parts["diffusion"] + parts["prior"] + parts["decoder"])
-    # Tight up to the smallest noise (its variance, relative to the smallest eigenvalue) and sampling.
-    assert float(bound) == pytest.approx(exact, abs=0.03)
-    assert float(fine) == pytest.approx(exact, abs=0.06)
-    assert float(coarse) > exact + 0.1
+    # Tight up to the smallest noise and sampling: each term is 9 times chi-square of two, so 13 / sqrt(400,000) at five
+    # standard errors is 0.1.
+    assert float(bound) == pytest.approx(exact, abs=0.11)
+    assert float(fine) == pytest.approx(exact, abs=0.15)
+    assert float(coarse) > exact + 0.5
     # A wrong model loses by the divergence of its law from the data: the bound is one on its own likelihood too.
     wide = gd.GaussianDenoiser(jnp.zeros(2), jnp.asarray(4 * COV))
     cross = 0.5 * (2 * np.log(2 * np.pi) + np.linalg.slogdet(4 * COV)[1] + 2 / 4)
     (worse, _), _ = values(wide)
-    assert float(worse) > cross - 0.03
+    assert float(worse) > cross - 0.11
 
 
 def test_learned_weights_find_the_error_of_every_level(x64):
@@ -190,7 +191,7 @@ def test_corrections_repair_a_coarse_predictor():
     for corrections in (0, 4):
         sampler = gd.predictor_corrector(grid, 0.16, corrections)
         draws = gk.sample(sampler, law, num, key=jr.key(0))
-        assert int(draws.nfe[0]) == 10 * (1 + corrections) + 1
+        assert int(draws.nfe[0]) == 11 * (1 + corrections)
         errors.append(abs(float(draws.value.var()) / 1.01 - 1))
     assert errors[1] < 0.5 * errors[0]
     plain = gk.sample(gd.predictor_corrector(grid, 0.16, 0), law, num, key=jr.key(0)).value
@@ -209,6 +210,8 @@ def test_a_draw_does_not_depend_on_its_batch():
     assert float(jnp.abs(run("batch", 8) - run("batch", 4)).max()) > 1e-3
 
 
+# diffrax's tree splits keys of its own more than once.
+@pytest.mark.key_reuse
 def test_one_brownian_path_for_every_step_count():
     law = gd.GaussianDenoiser(jnp.zeros(3), jnp.array([4.0, 1.0, 0.1]))
     x_init = 10 * jr.normal(jr.key(1), (64, 3))
@@ -223,9 +226,10 @@ def test_one_brownian_path_for_every_step_count():
     assert apart(True) < 0.1 < 0.7 < apart(False)
 
 
+@pytest.mark.key_reuse  # as above
 def test_the_noise_of_a_brownian_path_has_the_law_of_the_table():
     law = gd.GaussianDenoiser(jnp.zeros(2), jnp.array([1.0, 0.25]))
-    table = gd.sa(gd.karras(8, 0.05, 10.0, None), 2)
+    table = gd.sa(gd.karras(8, 0.05, 10.0, final=None), 2)
     x_init = jnp.zeros((3000, 2))
     x_init = 10 * jr.normal(jr.key(1), x_init.shape)
     draws = gk.sample(gd.BrownianNoise(table, 0.05, 10.0), law, 3000, key=jr.key(0), x_init=x_init).value
