@@ -2,7 +2,6 @@
 
 from genkit._core import (
     AbstractPost as AbstractPost,
-    Context as Context,
     Guided as Guided,
     Prediction as Prediction,
     Slot as Slot,

@@ -80,28 +80,12 @@ def fit_linear_ag(
     Source: Castillo et al., "Adaptive Guidance: Training-free Acceleration of Conditional Diffusion Models", AAAI 2025,
     section 5; ridge, scaling and roll-outs are ours.
     """
-    base = as_sampler(sampler)
-    plain = isinstance(base, Sampler) and base.guidance is None
-    check(plain, "sampler", "a table or a table-driven sampler without guidance", type(base).__name__)
-    assert isinstance(base, Sampler), "checked above"
-    if not isinstance(guidance, Guidance):
-        raise TypeError(f"`guidance` must be a genkit guidance; got {describe(guidance)}.")
-    slots = guidance.slots()
-    two = len(slots) == 2 and not any(slot.second_stage for slot in slots)
-    check(two, "guidance", "one that compares two predictions, such as `cfg`", f"{[s.name for s in slots]}")
+    base, true = _checked(sampler, guidance, true_steps, stop)
     check_count("num_samples", num_samples)
     check_positive("ridge", ridge)
-    table = base.table
-    check_count("stop", stop)
-    check_interval("stop", stop, 1, table.num_steps)
-    true = np.zeros(stop, bool)
-    marks = np.asarray(true_steps, int)
-    check(marks.ndim == 1 and 0 in marks, "true_steps", "a list of steps with 0 among them", str(true_steps))
-    check_interval("true_steps", marks, 0, stop - 1)
-    true[marks] = True
-    places = _places(table)
     if lags is not None:
         check_count("lags", lags, 0)
+    table, places = base.table, _places(base.table)
 
     def draw(fitted: np.ndarray, coefficients: np.ndarray) -> dict[str, np.ndarray]:
         recorder = LinearAG(guidance, jnp.asarray(coefficients), jnp.asarray(fitted), jnp.asarray(stop), None, True)
@@ -209,6 +193,27 @@ class LinearSampler(AbstractSampler):
             "`sampler` must be fitted before it draws; got a `LinearSampler` as it is. Use `gk.sample`, or "
             "`sampler.fitted_to(model, cond=..., shape=..., key=...)` outside `jit`."
         )
+
+
+def _checked(sampler: Any, guidance: Any, true_steps: Any, stop: Any) -> tuple[Sampler, np.ndarray]:
+    """The sampler, and which steps before `stop` make both predictions."""
+    base = as_sampler(sampler)
+    plain = isinstance(base, Sampler) and base.guidance is None
+    check(plain, "sampler", "a table or a table-driven sampler without guidance", type(base).__name__)
+    assert isinstance(base, Sampler), "checked above"
+    if not isinstance(guidance, Guidance):
+        raise TypeError(f"`guidance` must be a genkit guidance; got {describe(guidance)}.")
+    slots = guidance.slots()
+    two = len(slots) == 2 and not any(slot.second_stage for slot in slots)
+    check(two, "guidance", "one that compares two predictions, such as `cfg`", f"{[s.name for s in slots]}")
+    check_count("stop", stop)
+    check_interval("stop", stop, 1, base.table.num_steps)
+    marks = np.asarray(true_steps, int)
+    check(marks.ndim == 1 and 0 in marks, "true_steps", "a list of steps with 0 among them", str(true_steps))
+    check_interval("true_steps", marks, 0, stop - 1)
+    true = np.zeros(stop, bool)
+    true[marks] = True
+    return base, true
 
 
 def _places(table: Any) -> tuple[np.ndarray, np.ndarray]:

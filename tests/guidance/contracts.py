@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 from contract import Case
@@ -84,12 +83,6 @@ def directed():
     return direction >> g.Rescale(0.7) >> g.DynamicThreshold(0.9, 0.5) >> g.NormCap()
 
 
-def context():
-    zero = jnp.zeros(())
-    step = jnp.zeros((), jnp.int32)
-    return g.Context(jnp.zeros(2), zero, zero, zero, step, step, jnp.asarray(False), None, jax.random.key(0))
-
-
 CASES = [
     Case("Linear, all weights", weighted, draw),
     Case("Direction, all maps and operations behind", directed, draw),
@@ -106,5 +99,4 @@ CASES = [
     Case("steer", lambda: g.steer(reward, 2), steered, eager=False, grad=False),
     Case("fkc", lambda: g.fkc({1: 2.0, None: -0.5}, 2), steered, eager=False),
     Case("Slot", lambda: g.Slot("uncond", cond="null")),
-    Case("Context", context),
 ]

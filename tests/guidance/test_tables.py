@@ -96,7 +96,9 @@ PUB_4 = {
     "apg 3": (lambda: gg.apg(3.0), (1.190, 0.203, 0.302, 0.183), 254),
     "apg 6": (lambda: gg.apg(6.0), (1.177, 0.211, 0.204, 0.252), 254),
     "apg 6, r = .3": (lambda: gg.apg(6.0, norm_threshold=0.3), (1.191, 0.203, 0.291, 0.178), 254),
-    "interval": (lambda: gg.interval(gg.cfg(3.0), 0.1, 1.0), (1.291, 0.150, 0.380, 0.173), 159),
+    # The published row, 1.291 .150 .380 .173, decides evaluation by evaluation; here a step decides for both of its own,
+    # as in the code of the authors. These numbers are from an independent program in numpy (20,000 draws).
+    "interval": (lambda: gg.interval(gg.cfg(3.0), 0.1, 1.0), (1.283, 0.152, 0.381, 0.173), 159),
 }
 
 
