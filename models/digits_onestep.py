@@ -5,8 +5,9 @@ denoiser and a discriminator follow it, two updates each per update of the stude
 of the same guided teacher.
 Source: Xu, Nie & Vahdat, "One-step Diffusion Models with f-Divergence Distribution Matching", 2025; Yin et al.,
 "Improved Distribution Matching Distillation for Fast Image Synthesis", NeurIPS 2024.
-Cost: about three minutes on two cores, with `--with teacher=RUN`, a run of `digits.py`.
-Expect: one evaluation instead of 35 (see the page on distillation for the measured distances).
+Cost: minutes on two cores, with `--with teacher=RUN`, a run of `digits.py`.
+Expect: labels right in 0.99 of the draws, precision 0.96, recall 0.33 after 1,000 cycles (the guided teacher at 35
+evaluations: 0.93 and 0.78); draws thirty times faster.
 """
 
 import jax.numpy as jnp

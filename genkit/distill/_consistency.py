@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-import optax
 from jaxtyping import Array, ArrayLike, Float, Inexact, Key, PyTree
 
 from genkit._core import Denoiser, Objective, Phase, Recipe, fit, model_updates
@@ -18,6 +17,7 @@ from genkit._core._fields import FROZEN, as_number
 from ._distill import Conditions, Distilled
 from ._losses import frozen
 from ._model import Guided
+from ._objectives import cosine_adam
 from ._ratios import spread
 
 
@@ -271,7 +271,7 @@ def consistency(
     _check_boundary(student, data, float(grid[-1]))
     decay = None if target_decay is None else as_number(target_decay)
     objective = ConsistencyObjective(jnp.asarray(grid), metric, decay)
-    optimizer = optax.adam(optax.cosine_decay_schedule(1e-3, num_steps)) if optimizer is None else optimizer
+    optimizer = cosine_adam(1e-3, num_steps) if optimizer is None else optimizer
     phase = Phase(objective, optimizer, where=_student)
     recipe = Recipe(
         lambda key: model, data, phase, num_steps, ema=ema, log_every=min(num_steps, 500), name="consistency"

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import numpyro.distributions as dist
-import optax
 from jaxtyping import Array, Key, PyTree
 
 from genkit._core import Fitted, Recipe, fit
@@ -19,7 +18,7 @@ from genkit.divergence import FDivergence, ReverseKL
 
 from ._losses import AbstractLoss, FDistill
 from ._model import Distillation, Guided, has_density
-from ._objectives import cycle
+from ._objectives import cosine_adam, cycle
 from ._ratios import AbstractRatio, DiscriminatorRatio, EmpiricalRatio, ExactRatio, NoRatio
 
 
@@ -297,7 +296,7 @@ def flag_saturation(history: dict[str, np.ndarray]) -> None:
 def default_optimizer(student: Any, num_steps: int) -> Any:
     """Adam under a cosine; students of a few numbers take larger steps than networks."""
     size = sum(leaf.size for leaf in jax.tree.leaves(student) if eqx.is_inexact_array(leaf))
-    return optax.adam(optax.cosine_decay_schedule(2e-2 if size <= 64 else 1e-3, num_steps))
+    return cosine_adam(2e-2 if size <= 64 else 1e-3, num_steps)
 
 
 def start(

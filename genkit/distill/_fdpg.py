@@ -8,13 +8,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import optax
 from jaxtyping import Array, ArrayLike, Float, Int, Key, PyTree
 
 from genkit._core import Objective, Phase, Recipe, model_updates
 from genkit._core._checks import check, check_count, check_interval
 from genkit._core._fields import FROZEN, as_number
 from genkit.divergence import FDivergence, diagnose
+
+from ._objectives import cosine_adam
 
 
 def fdpg(
@@ -324,6 +325,6 @@ def policy_recipe(
     """  # noqa: E501
     check(isinstance(policy, AbstractPolicy), "policy", "a policy, such as LawPolicy", type(policy).__name__)
     check(callable(target), "target", "a function `x -> log P(x)`", target)
-    optimizer = optax.adam(optax.cosine_decay_schedule(2e-2, num_steps)) if optimizer is None else optimizer
+    optimizer = cosine_adam(2e-2, num_steps) if optimizer is None else optimizer
     phase = Phase(FDPG(divergence, target, num_draws, decay), optimizer, where=_policy)
     return Recipe(lambda key: Tracked(policy), _Nothing(), phase, num_steps, name=name)

@@ -1,5 +1,6 @@
 """The two-time-scale cycle: critics on fresh draws of the student, then one step of the student."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,18 @@ from genkit.nn import MLP
 from ._losses import AbstractLoss, density_of, frozen
 from ._model import Distillation
 from ._ratios import Noised, spread
+
+
+@functools.cache
+def cosine_adam(rate: float, num_steps: int) -> optax.GradientTransformation:
+    """Adam under a cosine; the same object for the same numbers, so that nothing compiles again."""
+    return optax.adam(optax.cosine_decay_schedule(rate, num_steps))
+
+
+@functools.cache
+def follower() -> optax.GradientTransformation:
+    """The default optimizer of critics: faster than the student, and never at rest."""
+    return optax.adam(2e-3)
 
 
 SATURATED = 10.0  # a logit beyond this carries no ratio any more
@@ -266,5 +279,5 @@ def cycle(
     ratios = [getattr(part, "ratio", None) for part in getattr(loss, "parts", (loss,))]
     smoothness = next((ratio.smoothness for ratio in ratios if hasattr(ratio, "smoothness")), 0.0)
     critic = CriticObjective(noise_law, batch_size, tuple(latent_shape), smoothness)
-    follow = optax.adam(2e-3) if fake_optimizer is None else fake_optimizer
+    follow = follower() if fake_optimizer is None else fake_optimizer
     return (Phase(critic, follow, where=where, repeats=fake_steps, name="critic"), *phases)

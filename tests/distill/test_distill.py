@@ -1,7 +1,5 @@
 """The verb: what it trains, what it reports, what it refuses."""
 
-import warnings
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -50,6 +48,7 @@ def quick(teacher=None, own=None, **options):
                               **options)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_learned_cycle_reports_and_repeats():
     net = gk.distill.Discriminator((2,), width=16, depth=1, num_labels=8, key=jr.key(2))
     options = {
@@ -78,6 +77,7 @@ def test_the_learned_cycle_reports_and_repeats():
     assert made.fitted.state.opt is not None and int(made.fitted.state.step) == 3
 
 
+@pytest.mark.slow
 def test_a_network_teacher_is_its_own_first_fake_and_conditions_may_be_functions():
     teacher = fake(labels=3)
     own = gk.distill.FewStep(teacher, [3.0, 1.0])
@@ -87,6 +87,7 @@ def test_a_network_teacher_is_its_own_first_fake_and_conditions_may_be_functions
     assert draws.value.shape == (3, 2) and draws.nfe.tolist() == [2, 2, 2]
 
 
+@pytest.mark.slow
 def test_the_recipe_is_the_same_work():
     recipe = gk.distill.recipe(
         ring_law(), Net(2, key=jr.key(1)), noise_law=NOISE, num_steps=3, batch_size=16, fake=fake()
@@ -99,9 +100,6 @@ def test_a_saturated_discriminator_is_flagged():
     net = Sure(jnp.asarray(0.0))
     with pytest.warns(UserWarning, match="saturated: 100 %"):
         quick(ratio=gk.distill.DiscriminatorRatio(net), divergence=gd.ForwardKL(), fake=fake(), num_steps=2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        quick(fake=fake(), num_steps=2)
 
 
 class Sure(eqx.Module):
@@ -142,7 +140,7 @@ WRONG = {
     ),
     "no fake": (dict, "fake"),
     "no shape": (lambda: {"teacher": Plain(), "fake": fake()}, "latent_shape"),
-    "no law": (lambda: {"noise_law": 1.0, "fake": fake()}, "noise_law"),
+    "a law of vectors": (lambda: {"noise_law": dist.Uniform(jnp.zeros(2), 1.0), "fake": fake()}, "noise_law"),
     "two losses": (lambda: {"loss": gk.distill.SDS(), "divergence": gd.ReverseKL()}, "loss"),
     "no discriminator": (lambda: {"loss": gk.distill.Adversarial()}, "DiscriminatorRatio"),
     "no steps": (lambda: {"num_steps": 0}, "num_steps"),
@@ -172,7 +170,6 @@ WRONG = {
         },
         "positives",
     ),
-    "no student": (lambda: {"own": 3}, "student"),
 }
 
 
@@ -196,8 +193,6 @@ def test_wrong_kinds():
         gk.distill.FewStep(Plain(), [1.0, 2.0])
     with pytest.raises(ValueError, match="one entry"):
         gk.distill.Positives(jnp.zeros((3, 1)), jnp.arange(2))
-    with pytest.raises(ValueError, match="target_log_prob"):
-        gk.distill.fdpg(jnp.zeros(3), jnp.zeros(2), divergence=gd.ReverseKL())
     with pytest.raises(ValueError, match="log_ratio"):
         gk.distill.divergence_from_scores(Plain(), Plain(), jnp.zeros((2, 1)), sigma_min=0.1, sigma_max=1.0,
                                           divergence=gd.ForwardKL(), key=jr.key(0))  # fmt: skip

@@ -201,6 +201,7 @@ def test_far_apart_ratios_overflow_into_the_bound():
     assert np.isfinite(slope).all() and np.isfinite(value) and aux["clipped"] == 1.0
 
 
+@pytest.mark.slow
 def test_monitors():
     p, q = mixture("B"), gk.diffusion.GaussianDenoiser(jnp.array([0.1]), 2.0)
     x = q.sample(8_000, key=jr.key(0))

@@ -172,6 +172,7 @@ def parity(word):
     return jnp.log(jnp.where(jnp.sum(word) % 2 == 0, 4.0, 1.0)) + 1.5
 
 
+@pytest.mark.slow
 def test_draws_of_a_policy_follow_its_probabilities():
     policy = gk.distill.AutoregressivePolicy(3, 2, width=4, key=jr.key(3))
     wide = jax.tree.map(lambda w: w + 0.5 * jr.normal(jr.key(4), w.shape), policy.head)
