@@ -60,7 +60,7 @@ class Measurement(Denoiser):
         >>> import genkit as gk
         >>> prior = gk.diffusion.GaussianDenoiser(jnp.zeros(2), jnp.array([[2.0, 1.0], [1.0, 2.0]]))
         >>> given = gk.diffusion.Measurement(prior, jnp.array([[1.0, 0.0]]), jnp.array([3.0]), 0.0)
-        >>> given(jnp.zeros(2), jnp.array(1e3)).round(3).tolist()
+        >>> [round(float(v), 3) for v in given(jnp.zeros(2), jnp.array(1e3))]
         [3.0, 1.5]
 
     Source: Rozet et al., "Learning Diffusion Priors from Observations by Expectation Maximization", NeurIPS 2024

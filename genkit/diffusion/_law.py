@@ -52,9 +52,9 @@ class FlowMeasure(Measure):
     shape: tuple[int, ...] | None = eqx.field(static=True, default=None)
     trace: Trace = eqx.field(default_factory=ExactTrace)
     terminal: dist.Distribution | None = None
-    rtol: Float[Array, ""] = eqx.field(converter=as_number, default=1e-5)
-    atol: Float[Array, ""] = eqx.field(converter=as_number, default=1e-5)
-    cond: Any = None
+    rtol: Float[Array, ""] = eqx.field(converter=as_number, default=1e-5, kw_only=True)
+    atol: Float[Array, ""] = eqx.field(converter=as_number, default=1e-5, kw_only=True)
+    cond: Any = eqx.field(default=None, kw_only=True)
 
     def __check_init__(self):
         check_plain(self.denoiser)

@@ -187,7 +187,8 @@ def log_prob(
     _check_tolerances(rtol, atol)
     z = x / frame.scale(frame.sigma_min)
     ends = (frame.angle(frame.sigma_min), frame.angle(frame.sigma_max))
-    found, volumes = _solve_with_volume(denoiser, z, ends, frame, trace, key, cond, rtol, atol, max_steps)
+    options = {"rtol": rtol, "atol": atol, "max_steps": max_steps}
+    found, volumes = _solve_with_volume(denoiser, z, ends, frame, trace, key, cond, **options)
     latent = found.z * frame.scale(frame.sigma_max)
     # From the density of z to that of x at either end.
     stretch = x.size * (jnp.log(frame.scale(frame.sigma_max)) - jnp.log(frame.scale(frame.sigma_min)))
@@ -255,7 +256,8 @@ def sample_log_prob(
     check(latent.shape == shape, "terminal", f"a law over shape {shape}", f"shape {latent.shape}")
     ends = (frame.angle(frame.sigma_max), frame.angle(frame.sigma_min))
     z = latent / frame.scale(frame.sigma_max)
-    found, volumes = _solve_with_volume(denoiser, z, ends, frame, trace, key_probes, cond, rtol, atol, max_steps)
+    options = {"rtol": rtol, "atol": atol, "max_steps": max_steps}
+    found, volumes = _solve_with_volume(denoiser, z, ends, frame, trace, key_probes, cond, **options)
     stretch = latent.size * (jnp.log(frame.scale(frame.sigma_max)) - jnp.log(frame.scale(frame.sigma_min)))
     x = found.z * frame.scale(frame.sigma_min)
     exact = isinstance(trace, ExactTrace)
@@ -336,9 +338,7 @@ def _solve_with_volume(
     trace: Trace,
     key: Any,
     cond: Any,
-    rtol: Any,
-    atol: Any,
-    max_steps: int,
+    **options: Any,
 ) -> tuple[Solution, Array]:
     """The flow from `z`, and the integral of its divergence along it, one for each probe."""
     check(isinstance(trace, Trace), "trace", "ExactTrace() or Hutchinson(num_probes)", type(trace).__name__)
@@ -351,7 +351,7 @@ def _solve_with_volume(
         return trace(lambda z: field(theta, z), state[0], probes)
 
     count = 1 if probes is None else len(probes)
-    found = solve(both, (z, jnp.zeros(count, z.dtype)), ends, rtol=rtol, atol=atol, max_steps=max_steps)
+    found = solve(both, (z, jnp.zeros(count, z.dtype)), ends, **options)
     return found, found.extra
 
 
