@@ -90,8 +90,8 @@ def test_no_collapse_where_the_published_start_collapses():
         x1 = means[jr.randint(label_key, (2000,), 0, k)] + jr.normal(noise_key, (2000, d))
         for init, values in effective.items():
             _, report = gk.bridge.fit_light(
-                x0, x1, 0.1, k, init=init, num_steps=800, batch_size=128, key=key_fit,
-                learning_rate=5e-3 if init == "balanced" else 1e-2,
+                x0, x1, 0.1, k, init=init, num_steps=2000, batch_size=128, key=key_fit,
+                learning_rate=2e-2 if init == "balanced" else 1e-2,
             )  # fmt: skip
             values.append(float(report.effective_components))
     tell({name: (round(min(v), 2), round(float(np.median(v)), 2)) for name, v in effective.items()})

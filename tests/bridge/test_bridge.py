@@ -261,7 +261,7 @@ def test_probability_flow_transports_the_marginals():
 
 def test_source_samples_give_marginals_and_a_reverse():
     pair = pair_1d()
-    x0, _ = pair.sample(4000, key=jr.key(0))
+    x0, _ = jax.jit(lambda pair: pair.sample(4000, key=jr.key(0)))(pair)
     bridge = gk.bridge.Bridge(pair.bridge.potential).with_source(x0)
     x = jnp.linspace(-3, 4, 8)[:, None]
 
@@ -286,20 +286,22 @@ def test_distribution_and_measure():
     pair = pair_1d()
     law = pair.bridge.as_distribution(pair.marginal(0.0))
     assert law.event_shape == (2, 1)
-    draws = law.sample(jr.key(0), (5,))
-    np.testing.assert_allclose(law.log_prob(draws), pair.log_plan(draws[:, 0], draws[:, 1]), rtol=0, atol=1e-11)
-    value, log_density = pair.bridge.as_measure(pair.marginal(0.0), jnp.array([0.0, 0.5, 1.0])).sample(key=jr.key(1))
+    # A pytree like any numpyro law, so it crosses jit.
+    draws = jax.jit(lambda law: law.sample(jr.key(0), (5,)))(law)
+    log_prob = jax.jit(lambda law, x: law.log_prob(x))
+    log_plan = jax.jit(lambda pair, x: pair.log_plan(x[:, 0], x[:, 1]))
+    np.testing.assert_allclose(log_prob(law, draws), log_plan(pair, draws), rtol=0, atol=1e-11)
+    measure = pair.bridge.as_measure(pair.marginal(0.0), jnp.array([0.0, 0.5, 1.0]))
+    value, log_density = jax.jit(lambda key: measure.sample(key=key))(jr.key(1))
     assert value.shape == (3, 1) and np.isfinite(log_density)
-    # A pytree like any numpyro law, so it crosses jit, and a site like any other.
-    assert jnp.isfinite(jax.jit(lambda law, x: law.log_prob(x))(law, draws[0]))
     import numpyro
 
     def model():
         x = numpyro.sample("x", law)
         numpyro.sample("y", dist.Normal(x[1, 0], 0.1), obs=1.0)
 
-    density, _ = numpyro.infer.util.log_density(model, (), {}, {"x": draws[0]})
-    expected = law.log_prob(draws[0]) + dist.Normal(draws[0, 1, 0], 0.1).log_prob(1.0)
+    density = jax.jit(lambda x: numpyro.infer.util.log_density(model, (), {}, {"x": x})[0])(draws[0])
+    expected = log_prob(law, draws)[0] + dist.Normal(draws[0, 1, 0], 0.1).log_prob(1.0)
     np.testing.assert_allclose(density, expected, rtol=1e-12)
 
 
@@ -314,5 +316,6 @@ def test_jit_vmap_grad_and_one_compilation(compilations):
         drift(other, 0.9, x).block_until_ready()
     assert count() == 0
     np.testing.assert_allclose(jax.vmap(pair.bridge.drift, (None, 0))(0.3, x), eager, rtol=1e-12)
-    gradient = jax.grad(lambda p: gk.bridge.Bridge(p).path_log_prob(jnp.array([0.0, 1.0]), x))(pair.bridge.potential)
+    loss = lambda p: gk.bridge.Bridge(p).path_log_prob(jnp.array([0.0, 1.0]), x)
+    gradient = jax.jit(jax.grad(loss))(pair.bridge.potential)
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradient))

@@ -169,7 +169,9 @@ def test_sf2m_learns(data):
 
 def test_samplers_through_the_verb():
     pair = pair_1d()
-    bridge = gk.bridge.Bridge(pair.bridge.potential).with_source(pair.sample(500, key=jr.key(0))[0])
+    bridge = gk.bridge.Bridge(pair.bridge.potential).with_source(
+        jax.jit(lambda p: p.sample(500, key=jr.key(0))[0])(pair)
+    )
     exact = gk.sample(gk.bridge.ExactPaths(10), bridge, 4000, key=jr.key(1), trajectory=True)
     assert exact.value.shape == (4000, 1) and exact.trajectory.shape == (4000, 11, 1)
     euler = gk.sample(gk.bridge.EulerPaths(100), bridge, 4000, key=jr.key(2))

@@ -108,13 +108,14 @@ def test_endpoint_posterior_gives_the_drift_and_the_plan(potential, x):
 def test_constant_drift_and_point_end_members():
     shift = gk.bridge.light(jnp.zeros(1), jnp.array([[0.3, -2.0]]), jnp.ones((1, 2)), 0.4)
     xs, ts = jr.normal(jr.key(0), (7, 2)), jnp.linspace(0.0, 1.0, 7)
-    np.testing.assert_allclose(shift.drift(ts, xs), jnp.broadcast_to(jnp.array([0.3, -2.0]), (7, 2)), atol=1e-14)
+    drift = jax.jit(lambda potential, x, t: potential.drift(x, t))
+    constant = drift(shift.potential, xs, ts)
+    np.testing.assert_allclose(constant, np.broadcast_to([0.3, -2.0], (7, 2)), atol=1e-14)
     points = jr.normal(jr.key(1), (4, 2))
     zero = gk.bridge.MixturePotential(jnp.zeros(4), points, gk.bridge.Zero(jnp.zeros(4)), 0.4, jnp.zeros(2))
-    tiny = gk.bridge.light(jnp.zeros(4), points, jnp.full(4, 1e-13), 0.4)
-    np.testing.assert_allclose(zero.drift(xs[:6], ts[:6]), tiny.drift(ts[:6], xs[:6]), rtol=1e-8)
-    key_path = jr.key(5)
-    end = gk.bridge.Bridge(zero).sample(xs[0], jnp.array([1.0]), key=key_path)[0]
+    tiny = gk.bridge.light(jnp.zeros(4), points, jnp.full((4, 2), 1e-13), 0.4)
+    np.testing.assert_allclose(drift(zero, xs[:6], ts[:6]), drift(tiny.potential, xs[:6], ts[:6]), rtol=1e-8)
+    end = jax.jit(lambda p: gk.bridge.Bridge(p).sample(xs[0], jnp.array([1.0]), key=jr.key(5))[0])(zero)
     assert float(jnp.abs(points - end).sum(-1).min()) < 1e-12
 
 
@@ -122,7 +123,7 @@ def test_shifted_and_axes():
     potential = random_potential("full")
     xs, ts = jr.normal(jr.key(2), (5, 3)), jnp.linspace(0.0, 1.0, 5)
     np.testing.assert_allclose(potential.shifted(2.0).log_value(xs, ts), potential.log_value(xs, ts) + 2.0, atol=1e-12)
-    drift = jax.jit(potential.drift)
+    drift = jax.jit(lambda x, t: potential.drift(x, t))
     looped = jnp.stack([drift(x, t) for x, t in zip(xs, ts, strict=True)])
     np.testing.assert_allclose(drift(xs, ts), looped, rtol=1e-12)
     assert potential.weights(xs, 0.5).shape == (5, 3)
