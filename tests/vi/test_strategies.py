@@ -251,12 +251,11 @@ def plated_model():
 def plated_guide(grad, last=False):
     def guide(t):
         if not last:
-            a = vi.sample("a", dist.Bernoulli(logits=t[0]), grad=grad)
+            vi.sample("a", dist.Bernoulli(logits=t[0]), grad=grad)
         with numpyro.plate("n", 2):
             b = vi.sample("b", dist.Bernoulli(logits=jnp.array([t[1], t[2]])), grad=grad)
         if last:  # a later site outside the plate mixes its lanes
-            a = vi.sample("a", dist.Bernoulli(logits=t[0] + jnp.sum(b)), grad=grad)
-        return a
+            vi.sample("a", dist.Bernoulli(logits=t[0] + jnp.sum(b)), grad=grad)
 
     return guide
 
