@@ -60,4 +60,4 @@ def test_count_accuracy_by_strategy(tmp_path, capsys):
             print(f"\n{name:24} {shown}   {seconds:.2f} s per epoch", end="", flush=True)
     assert min(last["Enum"], last["MVD"]) > 0.97
     assert min(fourth["Enum"], fourth["MVD"]) > fourth["Score"] + 0.1
-    assert min(fourth["Enum"], fourth["MVD"]) > fourth["Score, all costs"] + 0.2
+    assert min(fourth["Enum"], fourth["MVD"]) > fourth["Score, all costs"] + 0.1

@@ -47,19 +47,20 @@ def assert_same(got, want, atol=1e-12):
     np.testing.assert_allclose(got[1], want[1], atol=atol)
 
 
+slow = lambda *values: pytest.param(*values, marks=pytest.mark.slow)
 MIXES = [
     (None, None),
-    (Enum(), Enum()),
+    slow(Enum(), Enum()),
     (Score(), Score()),
-    (RLOO(2), RLOO(2)),
-    (Score(), Enum()),
-    (Enum(), Score()),
-    (RLOO(2), Enum()),
-    (RLOO(3), Score()),
-    (Lanes(), Score()),
+    slow(RLOO(2), RLOO(2)),
+    slow(Score(), Enum()),
+    slow(Enum(), Score()),
+    slow(RLOO(2), Enum()),
+    slow(RLOO(3), Score()),
+    slow(Lanes(), Score()),
     (MVD(), MVD()),
     (DisARM(), Enum()),
-    (Score(1.5), MVD()),
+    slow(Score(1.5), MVD()),
     (Importance(dist.Bernoulli(0.5)), Score(-2.0)),
 ]
 
@@ -78,18 +79,20 @@ def test_importance_weighted_bound_of_two(grad_a, grad_b):
     assert_same(got, brute(lambda w: jax.nn.logsumexp(w, 0) - jnp.log(w.shape[0]), 2))
 
 
-@pytest.mark.parametrize("estimator", ["auto", "vimco"])
+@pytest.mark.parametrize("estimator", [slow("auto"), "vimco"])
 def test_importance_weighted_bound_of_three(estimator):
     got = g1_exact(lambda p, q: vi.iwelbo(p, q, 3, estimator=estimator))
     check(got, IW3)
     assert_same(got, brute(lambda w: jax.nn.logsumexp(w, 0) - jnp.log(w.shape[0]), 3))
 
 
+@pytest.mark.slow
 def test_importance_weighted_bound_of_five():
     got = g1_exact(lambda p, q: vi.iwelbo(p, q, 5))
     check(got, (-1.578324794425, (-0.146685, -0.120876, -0.016717)))
 
 
+@pytest.mark.slow
 def test_renyi_and_cubo():
     half = g1_exact(lambda p, q: vi.renyi(p, q, 0.5, 2))
     check(half, (-1.971710377463, (-0.380071, -0.346689, -0.162612)))
@@ -115,7 +118,7 @@ def test_forward_kl_from_the_known_posterior():
     np.testing.assert_allclose(gradient, (0.381415, 0.321282, 0.067726), atol=1e-6)
 
 
-@pytest.mark.parametrize(("size", "want"), [(1, (0, 0, 0)), (2, (0.155750, 0.147105, 0.086540))])
+@pytest.mark.parametrize(("size", "want"), [slow(1, (0, 0, 0)), (2, (0.155750, 0.147105, 0.086540))])
 def test_wake_phase_of_the_guide(size, want):
     _, gradient = g1_exact(lambda p, q: -vi.wake_q(p, q, size))
     np.testing.assert_allclose(gradient, want, atol=1e-6)
@@ -152,7 +155,7 @@ def flips(strategy, length):
     return fn
 
 
-@pytest.mark.parametrize("strategy", [Score(), RLOO(2), Lanes(), MVD(), Enum(), None])
+@pytest.mark.parametrize("strategy", [Score(), slow(RLOO(2)), slow(Lanes()), MVD(), slow(Enum()), slow(None)])
 def test_scan_is_exact_for_every_strategy(strategy):
     n, p = 3, 0.3
     value, slope = jax.jit(jax.value_and_grad(vi.exact(flips(strategy, n))))(p)
@@ -160,6 +163,7 @@ def test_scan_is_exact_for_every_strategy(strategy):
     np.testing.assert_allclose(slope, n * (1 - 2 * p) + 2 * n * n * p, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_scan_with_dependent_steps_is_exact():
     """The law of a step depends on earlier draws: a replay must share everything before the step it changes."""
 
@@ -186,7 +190,7 @@ def test_unrolled_hessian():
     assert jnp.allclose(jax.jit(jax.hessian(lambda p: vi.E(fn)(p, key=jax.random.key(0))))(0.3), 24.0, atol=1e-12)
 
 
-@pytest.mark.parametrize("strategy", [Score(), Lanes(), MVD(), RLOO(2)])
+@pytest.mark.parametrize("strategy", [slow(Score()), slow(Lanes()), MVD(), slow(RLOO(2))])
 def test_vmap_lanes_are_exact(strategy):
     def fn(p):
         draws = vi.vmap(lambda w: w * vi.sample("b", dist.Bernoulli(p * w), grad=strategy))(jnp.array([0.5, 0.8]))
@@ -200,7 +204,7 @@ def test_vmap_lanes_are_exact(strategy):
     assert_same(jax.jit(jax.value_and_grad(vi.exact(fn)))(0.6), jax.value_and_grad(truth)(0.6))
 
 
-@pytest.mark.parametrize("strategy", [Score(), Lanes(), RLOO(2)])
+@pytest.mark.parametrize("strategy", [Score(), slow(Lanes()), slow(RLOO(2))])
 def test_branches_are_exact(strategy):
     def fn(p):
         b = vi.sample("b", dist.Bernoulli(p), grad=Enum())
@@ -225,6 +229,7 @@ def z_scores(fn, point, truth, n):
     return [(np.mean(x) - t) / (np.std(x) / np.sqrt(n)) for x, t in zip((values, slopes), truth, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "n"), [(Score(), 100_000), (MVD(), 100_000), (Lanes(), 100_000), (RLOO(2), 100_000)]
 )
@@ -232,6 +237,7 @@ def test_scan_of_four_flips_by_draws(strategy, n):
     assert max(map(abs, z_scores(flips(strategy, 4), 0.3, (2.28, 11.2), n))) < 4
 
 
+@pytest.mark.slow
 def test_scan_of_normal_steps_by_draws():
     def fn(m):
         def body(carry, _):
@@ -242,6 +248,7 @@ def test_scan_of_normal_steps_by_draws():
     assert max(map(abs, z_scores(fn, 0.3, (5.44, 9.6), 100_000))) < 4
 
 
+@pytest.mark.slow
 @pytest.mark.key_reuse  # under the map over draws both branches are selected from, which the check takes for re-use
 def test_branch_of_normals_by_draws():
     def fn(p):

@@ -35,7 +35,9 @@ def guides():
     return {name: jax.tree.map(lambda a: shift(a) if isinstance(a, jax.Array) else a, g) for name, g in made.items()}
 
 
-@pytest.mark.parametrize("name", ["mean field", "full rank", "low rank", "flow"])
+@pytest.mark.parametrize(
+    "name", ["flow", *[pytest.param(n, marks=pytest.mark.slow) for n in ("mean field", "full rank", "low rank")]]
+)
 @pytest.mark.key_reuse  # one key for several questions
 def test_guides_know_their_density_and_their_coordinates(name):
     guide = guides()[name]

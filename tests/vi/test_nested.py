@@ -46,6 +46,7 @@ def sir(t, size, grad=None):
     return vi.normalize(vi.program(g1_model)(), vi.SIR(size, vi.program(guide)()))
 
 
+@pytest.mark.slow
 def test_sir_density_is_the_law_of_its_draws():
     measure = sir(T, 3)
     law, density = [], vi.exact(lambda value: jnp.exp(vi.log_density(measure, value)))
@@ -82,6 +83,7 @@ def chain_smc(size):
     return chain(2, y), vi.normalize(chain(2, y), vi.SMC(size, (first, second), (chain(1, y),), score))
 
 
+@pytest.mark.slow
 def test_smc_evidence_is_unbiased_and_density_normalised():
     target, measure = chain_smc(2)
     states = [{"z0": jnp.array(i), "z1": jnp.array(j)} for i in (0, 1) for j in (0, 1)]

@@ -53,7 +53,7 @@ def exact_of(objective, p, grad=None):
         (gk.divergence.ReverseKL(), EVIDENCE + 2.175770668812, (0.480279, 0.451320, 0.265749)),
     ],
 )
-@pytest.mark.parametrize("grad", [None, vi.Score()])
+@pytest.mark.parametrize("grad", [pytest.param(None, marks=pytest.mark.slow), vi.Score()])
 def test_divergences_to_the_posterior(divergence, value, gradient, grad):
     p = vi.program(g1_posterior)()
     scale = 0.5 if "KL" not in type(divergence).__name__ else 1.0  # the usual halves of these two
@@ -157,6 +157,7 @@ def g3_elbo(t):
     return prior + likelihood + 0.5 * jnp.log(2 * jnp.pi * jnp.e * v)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"stick_the_landing": True}, {"analytic_kl": True}])
 def test_normal_bound(options):
     want = jax.value_and_grad(g3_elbo)(POINT)
@@ -172,6 +173,7 @@ def test_sticking_the_landing_has_no_noise_at_the_posterior():
     assert np.std(plain[:, 1]) > 0.1
 
 
+@pytest.mark.slow
 def test_doubly_reparametrised_bound():
     """The gradient of the two-particle bound, with half the standard deviation of the pathwise one."""
     slopes = {}
@@ -207,6 +209,7 @@ def test_coin_bound_is_the_evidence_at_the_posterior():
 # --- leave-one-out over particles ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_leave_one_out_over_particles_cuts_the_noise():
     def spread(estimator, grad):
         def fn(t, k):
@@ -221,6 +224,7 @@ def test_leave_one_out_over_particles_cuts_the_noise():
     assert np.all(slopes.std(0) < (0.45, 0.42, 0.31))  # plain scores: 2.02, 2.04, 1.56
 
 
+@pytest.mark.slow
 def test_per_member_bounds_of_a_plate():
     """With `plate` the logarithm is inside the sum over members: two members, two particles, enumerated by hand."""
     y = jnp.array([0.3, 1.4])

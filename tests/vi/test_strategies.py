@@ -74,7 +74,7 @@ def draws_of(fn, point, num):
     return jax.jit(jax.vmap(lambda k: jax.value_and_grad(lambda p: vi.E(fn)(p, key=k))(point)))(keys)
 
 
-@pytest.mark.parametrize("name", LAWS)
+@pytest.mark.parametrize("name", [n if n == "poisson" else pytest.param(n, marks=pytest.mark.slow) for n in LAWS])
 def test_measure_valued_rules_on_vectors(name):
     law_of, params, points = LAWS[name]
     want = jax.jit(jax.value_and_grad(truth_of(law_of, points)))(params)
@@ -85,6 +85,7 @@ def test_measure_valued_rules_on_vectors(name):
 COUNTS = [(lambda p: dist.Binomial(3, p), 4), (lambda p: dist.Binomial(2, logits=p), 3), (dist.Bernoulli, 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("law_of", "size"), COUNTS)
 def test_measure_valued_rules_of_counts_are_exact(law_of, size):
     def fn(p):
@@ -97,6 +98,7 @@ def test_measure_valued_rules_of_counts_are_exact(law_of, size):
     np.testing.assert_allclose(got, want, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", [vi.MVD(), vi.MVD(second_order=True), vi.Lanes(), vi.Enum(), vi.RLOO(2)])
 def test_categorical_lanes_are_exact(strategy):
     """Two lanes of three outcomes each, by logits and by probabilities."""
@@ -114,6 +116,7 @@ def test_categorical_lanes_are_exact(strategy):
     np.testing.assert_allclose(jax.grad(vi.exact(fn))(logits), jax.grad(truth)(logits), atol=1e-12)
 
 
+@pytest.mark.slow
 def test_second_order_alternatives_have_the_exact_hessian():
     def fn(strategy):
         def program(p):
@@ -146,6 +149,7 @@ def test_implicit_gradient_of_a_mixture():
     stats.assert_mean(draws_of(fn, params, 20_000), jax.jit(jax.value_and_grad(truth))(params))
 
 
+@pytest.mark.slow
 def test_implicit_gradient_of_a_vector_mixture():
     def law(loc):
         parts = dist.Normal(jnp.stack([loc, -loc]), 1.0).to_event(1)
@@ -160,6 +164,7 @@ def test_implicit_gradient_of_a_vector_mixture():
     stats.assert_mean(draws_of(fn, loc, 20_000), jax.value_and_grad(truth)(loc))
 
 
+@pytest.mark.slow
 def test_relaxation_is_marked_biased_and_is():
     assert not vi.Relaxed(0.5).unbiased
     fn = lambda p: (vi.sample("b", dist.Bernoulli(p), grad=vi.Relaxed(0.5)) - 0.3) ** 2
@@ -246,17 +251,16 @@ def plated_model():
 def plated_guide(grad, last=False):
     def guide(t):
         if not last:
-            a = vi.sample("a", dist.Bernoulli(logits=t[0]), grad=grad)
+            vi.sample("a", dist.Bernoulli(logits=t[0]), grad=grad)
         with numpyro.plate("n", 2):
             b = vi.sample("b", dist.Bernoulli(logits=jnp.array([t[1], t[2]])), grad=grad)
         if last:  # a later site outside the plate mixes its lanes
-            a = vi.sample("a", dist.Bernoulli(logits=t[0] + jnp.sum(b)), grad=grad)
-        return a
+            vi.sample("a", dist.Bernoulli(logits=t[0] + jnp.sum(b)), grad=grad)
 
     return guide
 
 
-@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("last", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_plate_costs_are_exact(last):
     def fn(grad, rao_blackwell):
         q = lambda t: vi.program(plated_guide(grad, last))(t)
@@ -271,6 +275,7 @@ def test_plate_costs_are_exact(last):
             np.testing.assert_allclose(got[1], want[1], atol=1e-12)
 
 
+@pytest.mark.slow
 def test_plate_costs_cut_the_variance():
     """Forty independent coins: each lane's score meets its own lane's cost only."""
 
@@ -291,6 +296,7 @@ def test_plate_costs_cut_the_variance():
     assert variance(True) < variance(False) / 20
 
 
+@pytest.mark.slow
 def test_subsampled_plates_scale_local_terms_without_bias():
     """A minibatch of two of four: the mean over subsamples is the full bound."""
     data = jnp.array([0.3, -0.4, 1.0, 2.0])

@@ -30,6 +30,7 @@ def load(name):
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cone", "coin", "eight_schools"])
 def test_models_run_unchanged(name):
     """Under NUTS, the ELBO and the importance-weighted bound: a short run of each, to a finite and complete result."""
