@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 def definition(path):
     """The module of a definition file."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
