@@ -20,10 +20,10 @@ from ._langevin import (
 )
 from ._law import FlowDistribution as FlowDistribution, FlowMeasure as FlowMeasure
 from ._likelihood import (
+    AbstractTrace as AbstractTrace,
     ExactTrace as ExactTrace,
     Hutchinson as Hutchinson,
     LogProb as LogProb,
-    Trace as Trace,
     bits_per_dim as bits_per_dim,
     dequantize as dequantize,
     log_prob as log_prob,

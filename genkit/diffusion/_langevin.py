@@ -31,6 +31,11 @@ class PredictorCorrector(AbstractSampler):
         num_corrections: Langevin steps after each predictor step.
         norm: `"sample"` or `"batch"`.
         to_zero: whether the grid ends at zero noise.
+
+    Example:
+        >>> import genkit as gk
+        >>> gk.diffusion.predictor_corrector(gk.diffusion.karras(10, 0.01, 50.0)).to_zero
+        True
     """
 
     grid: Float[Array, " levels"]

@@ -15,7 +15,7 @@ from genkit._core._checks import check, check_key
 from genkit._core._fields import as_number
 
 from ._flow import check_plain
-from ._likelihood import ExactTrace, Hutchinson, Trace, log_prob, sample_log_prob
+from ._likelihood import AbstractTrace, ExactTrace, Hutchinson, log_prob, sample_log_prob
 
 
 class FlowMeasure(Measure):
@@ -50,7 +50,7 @@ class FlowMeasure(Measure):
     sigma_min: Float[Array, ""] = eqx.field(converter=as_number)
     sigma_max: Float[Array, ""] = eqx.field(converter=as_number)
     shape: tuple[int, ...] | None = eqx.field(static=True, default=None)
-    trace: Trace = eqx.field(default_factory=ExactTrace)
+    trace: AbstractTrace = eqx.field(default_factory=ExactTrace)
     terminal: dist.Distribution | None = None
     rtol: Float[Array, ""] = eqx.field(converter=as_number, default=1e-5, kw_only=True)
     atol: Float[Array, ""] = eqx.field(converter=as_number, default=1e-5, kw_only=True)

@@ -17,7 +17,7 @@ from genkit._core._fields import as_number
 from ._flow import Chart, Solution, chart, check_plain, solve, velocity
 
 
-class Trace(eqx.Module):
+class AbstractTrace(eqx.Module):
     """How the divergence of the flow is taken."""
 
     @abc.abstractmethod
@@ -31,7 +31,7 @@ class Trace(eqx.Module):
         """The field and one or several estimates of its divergence at `z`."""
 
 
-class ExactTrace(Trace):
+class ExactTrace(AbstractTrace):
     """The divergence itself, one derivative for each coordinate.
 
     Args:
@@ -65,7 +65,7 @@ class ExactTrace(Trace):
         return value, jnp.sum(jax.lax.map(entry, places, batch_size=self.batch_size))[None]
 
 
-class Hutchinson(Trace):
+class Hutchinson(AbstractTrace):
     r"""An unbiased estimate of the divergence from random signs $v$, $E[v^\top J v] = \mathrm{tr} J$.
 
     The signs are drawn once for each datum and kept along its path, so that the solver sees a smooth field. Their
@@ -79,7 +79,7 @@ class Hutchinson(Trace):
         >>> gk.diffusion.Hutchinson(8).num_probes
         8
 
-    Source: Hutchinson, "A Stochastic Estimator of the Trace of the Influence Matrix", 1990; Grathwohl et al., "FFJORD",
+    Source: Hutchinson, "A Stochastic Estimator of the AbstractTrace of the Influence Matrix", 1990; Grathwohl et al., "FFJORD",
     ICLR 2019, equation 7.
     """
 
@@ -130,7 +130,7 @@ def log_prob(
     *,
     sigma_min: Float[ArrayLike, ""] | float,
     sigma_max: Float[ArrayLike, ""] | float,
-    trace: Trace = ExactTrace(),
+    trace: AbstractTrace = ExactTrace(),
     key: Key[Array, ""] | None = None,
     terminal: Any = None,
     rtol: Float[ArrayLike, ""] | float = 1e-5,
@@ -202,7 +202,7 @@ def sample_log_prob(
     sigma_min: Float[ArrayLike, ""] | float,
     sigma_max: Float[ArrayLike, ""] | float,
     shape: tuple[int, ...] | None = None,
-    trace: Trace = ExactTrace(),
+    trace: AbstractTrace = ExactTrace(),
     terminal: dist.Distribution | None = None,
     rtol: Float[ArrayLike, ""] | float = 1e-5,
     atol: Float[ArrayLike, ""] | float = 1e-5,
@@ -335,13 +335,13 @@ def _solve_with_volume(
     z: Array,
     ends: tuple[Array, Array],
     frame: Chart,
-    trace: Trace,
+    trace: AbstractTrace,
     key: Any,
     cond: Any,
     **options: Any,
 ) -> tuple[Solution, Array]:
     """The flow from `z`, and the integral of its divergence along it, one for each probe."""
-    check(isinstance(trace, Trace), "trace", "ExactTrace() or Hutchinson(num_probes)", type(trace).__name__)
+    check(isinstance(trace, AbstractTrace), "trace", "ExactTrace() or Hutchinson(num_probes)", type(trace).__name__)
     needs_key = isinstance(trace, Hutchinson)
     check(not needs_key or key is not None, "key", "given with random probes", "None", "Or use `ExactTrace()`.")
     probes = trace.probes(z, key)

@@ -30,6 +30,11 @@ class ProbabilityFlow(AbstractSampler):
         rtol: relative tolerance.
         atol: absolute tolerance, for states scaled to unit variance.
         max_steps: steps after which the solver gives up.
+
+    Example:
+        >>> import genkit as gk
+        >>> gk.diffusion.probability_flow(0.01, 50.0).max_steps
+        1024
     """
 
     sigma_min: Float[Array, ""]

@@ -41,10 +41,9 @@ def check_levels(sampler: Any, denoiser: Any) -> None:
         sampler = sampler.table
     levels = np.asarray(sampler.sigma)[np.asarray(sampler.evaluate)] if isinstance(sampler, Table) else sampler
     leaves = jax.tree.leaves((levels, denoiser))
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+    traced = not all(is_concrete(leaf) for leaf in leaves)
     if traced or not isinstance(denoiser, Preconditioned) or denoiser.prediction == "F":
         return
-    assert is_concrete(levels), "traced levels have been let through"
     schedule = denoiser.schedule
     low, high = (float(schedule.noise_level(jnp.asarray(t))) for t in (0.0, 1.0))
     levels = np.atleast_1d(np.asarray(levels, np.float64))

@@ -185,11 +185,12 @@ def test_average_of_any_width_after_training(x64):
 
 def test_corrections_repair_a_coarse_predictor():
     # White data: the exact variance is known. Langevin steps repair what coarse predictor steps miss.
-    law = gd.GaussianDenoiser(jnp.zeros(8), jnp.array(1.0))
-    grid, num = gd.log_uniform(12, 0.1, 20.0, None), 2000
+    # Many coordinates, because the size of a step hangs on the norm of its own noise.
+    law = gd.GaussianDenoiser(jnp.zeros(64), jnp.array(1.0))
+    grid, num = gd.log_uniform(12, 0.1, 20.0, None), 400
     errors = []
-    for corrections in (0, 4):
-        sampler = gd.predictor_corrector(grid, 0.16, corrections)
+    for corrections in (0, 8):
+        sampler = gd.predictor_corrector(grid, 0.3, corrections)
         draws = gk.sample(sampler, law, num, key=jr.key(0))
         assert int(draws.nfe[0]) == 11 * (1 + corrections)
         errors.append(abs(float(draws.value.var()) / 1.01 - 1))
