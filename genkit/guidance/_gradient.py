@@ -133,7 +133,8 @@ class _Averaged(eqx.Module):
         if this.num_draws == 0:
             return _scalar("loss", this.loss(x0))
         radius = (this.spread * ctx.sigma / jnp.sqrt(1 + ctx.sigma**2)).astype(x0.dtype)
-        noise = jax.random.normal(ctx.key, (this.num_draws, *x0.shape), x0.dtype)
+        # Value and gradient are taken at the same draws, each from a key of its own making.
+        noise = jax.random.normal(jax.random.fold_in(ctx.key, 0), (this.num_draws, *x0.shape), x0.dtype)
         losses = jax.vmap(lambda z: _scalar("loss", this.loss(x0 + radius * z)))(noise)
         return jnp.log(float(this.num_draws)) - jax.nn.logsumexp(-losses)
 

@@ -26,7 +26,7 @@ class LinearFit(eqx.Module):
             present conditional one.
         true: steps in which both predictions are made `(stop,)`.
         stop: step from which on the plain prediction is used.
-        error: relative error of the fitted predictions `(stop, 2)`; NaN where none was fitted.
+        error: relative error of the fitted predictions `(stop, 2)`; zero where none was fitted.
         table: the sampler.
         model: a digest of the model.
         scale: a digest of the guidance.

@@ -97,7 +97,7 @@ def fit_linear_ag(
         return {name: np.asarray(draws.info[f"linear_{name}"], np.float64) for name in names}
 
     coefficients = np.zeros((stop, 2, 2 * stop + 1))
-    errors, fitted, seen = np.full((stop, 2), np.nan), np.ones((stop, 2), bool), None
+    errors, fitted, seen = np.zeros((stop, 2)), np.ones((stop, 2), bool), None
     for step in map(int, np.flatnonzero(~true)):
         for kind in (0, 1):
             if places[kind][step] < 0:

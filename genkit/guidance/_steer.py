@@ -98,7 +98,7 @@ class Steer(Population):
         gain = jnp.where(jnp.isneginf(reward), -jnp.inf, reward - carry["reward"])
         ancestors, new = self.particles.update(gain, carry, ctx)
         kept = jnp.where(jnp.isneginf(reward), 0, reward)[ancestors]
-        return ancestors, new | {"reward": kept, "failed": carry["failed"] + jnp.sum(lost)}
+        return ancestors, new | {"reward": kept, "failed": carry["failed"] + jnp.sum(lost, dtype=jnp.int32)}
 
     def report(self, carry: Any) -> dict[str, Array]:
         """Evidence, weights, and how many rewards were NaN."""
