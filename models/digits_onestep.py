@@ -27,7 +27,7 @@ HEUN = gk.diffusion.heun(gk.diffusion.karras(18, 0.002, 80.0))
 needs = {"teacher": "models/digits.py"}
 
 
-def build(key, teacher=None, guidance=GUIDANCE):
+def build(key, teacher, guidance=GUIDANCE):
     """The distillation before training: student and fake start as the teacher; a pool of its guided draws."""
     key_net, key_pool = jr.split(key)
     labels = jnp.arange(POOL) % 10

@@ -87,7 +87,7 @@ class Distilled(eqx.Module):
     student: Any
     ema: Any
     history: dict[str, np.ndarray]
-    fitted: Fitted
+    fitted: Fitted | None = None
 
 
 def recipe(
@@ -334,7 +334,7 @@ def check_shapes(model: Distillation, data: Conditions, latent_shape: Any) -> tu
     latent = latent_shape if latent_shape is not None else model.latent_shape or model.shape
     hint = "The teacher does not know its shape."
     check(latent is not None, "latent_shape", "given", "None", hint)
-    latent = tuple(latent)
+    latent = tuple(latent or ())
     z = jax.ShapeDtypeStruct(latent, jnp.result_type(float))
     x = eqx.filter_eval_shape(lambda s, z, c: s(z, c), model.student, z, cond)
     check(hasattr(x, "shape"), "student", "a generator that returns an array", describe(x))

@@ -21,7 +21,7 @@ from genkit.nn import MLP
 
 from ._losses import AbstractLoss, density_of, frozen
 from ._model import Distillation
-from ._ratios import Noised, spread
+from ._ratios import DiscriminatorRatio, Noised, spread
 
 
 @functools.cache
@@ -277,7 +277,7 @@ def cycle(
         return phases
     where = _both if fake and discriminator else _fake if fake else _discriminator
     ratios = [getattr(part, "ratio", None) for part in getattr(loss, "parts", (loss,))]
-    smoothness = next((ratio.smoothness for ratio in ratios if hasattr(ratio, "smoothness")), 0.0)
+    smoothness = next((r.smoothness for r in ratios if isinstance(r, DiscriminatorRatio)), 0.0)
     critic = CriticObjective(noise_law, batch_size, tuple(latent_shape), smoothness)
     follow = follower() if fake_optimizer is None else fake_optimizer
     return (Phase(critic, follow, where=where, repeats=fake_steps, name="critic"), *phases)

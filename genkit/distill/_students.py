@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from genkit._core._checks import check, check_positive
+from genkit._core._checks import check, check_positive, is_concrete
 from genkit._core._fields import FROZEN, as_number
 
 
@@ -81,7 +81,7 @@ class FewStep(eqx.Module):
     def __check_init__(self):
         check(self.sigmas.ndim == 1 and self.sigmas.size > 0, "sigmas", "of shape (k,)", f"shape {self.sigmas.shape}")
         check_positive("sigmas", self.sigmas)
-        if not isinstance(self.sigmas, jax.core.Tracer):
+        if is_concrete(self.sigmas):
             falls = bool(np.all(np.diff(np.asarray(self.sigmas)) < 0))
             check(falls, "sigmas", "descending", str(np.asarray(self.sigmas).tolist()))
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import numpyro.distributions as dist
 from contract import Case
 
@@ -13,7 +14,7 @@ d = gk.distill
 
 
 def law():
-    return gk.diffusion.MixtureDenoiser(jnp.ones(2), jnp.array([[-1.0], [1.0]]), 0.5, labels=jnp.array([0, 1]))
+    return gk.diffusion.MixtureDenoiser(jnp.ones(2), jnp.array([[-1.0], [1.0]]), 0.5, labels=np.array([0, 1]))
 
 
 def gauss():
@@ -34,10 +35,6 @@ def noised():
     return d.Noised(x, x + sigma[:, None] * x**2, sigma, x**2, jnp.arange(8) % 2, jnp.ones_like(sigma))
 
 
-def ratio(value):
-    return value(model(discriminator=net), noised(), key=jr.key(0)).u
-
-
 def loss(value):
     parts = model(discriminator=net)
     x = noised()
@@ -55,10 +52,6 @@ def denoise(value):
 
 def student(value):
     return value(jnp.full(value.latent_shape if hasattr(value, "latent_shape") else (1,), 0.3))
-
-
-def objective(value):
-    return value(model(), jnp.arange(4) % 2, key=jr.key(0))[0]
 
 
 def sample(sampler):
@@ -101,22 +94,22 @@ CASES = [
     Case("Guided", lambda: d.Guided(law(), gk.guidance.cfg(1.5)), denoise, rtol=1e-4),
     Case("Distillation", model),
     Case("Positives", lambda: d.Positives(jnp.zeros((4, 1)), jnp.arange(4))),
-    Case("Distilled", lambda: d.Distilled(gauss(), gauss(), {}, None)),
+    Case("Distilled", lambda: d.Distilled(gauss(), gauss(), {})),
     Case("OneStep", lambda: d.OneStep(gauss(), 1.0), student),
     Case("FewStep", lambda: d.FewStep(gauss(), jnp.array([2.0, 1.0])), student, vmap=False),
     Case("ExactRatio", d.ExactRatio),
     Case("NoRatio", d.NoRatio),
-    Case("EmpiricalRatio", lambda: d.EmpiricalRatio(16), ratio, grad=False, vmap=False),
-    Case("DiscriminatorRatio", lambda: d.DiscriminatorRatio(None), ratio, grad=False, vmap=False),
-    Case("ScoreRatio", lambda: d.ScoreRatio(20.0, 4), ratio, eager=False, rtol=1e-4),
+    Case("EmpiricalRatio", lambda: d.EmpiricalRatio(16)),
+    Case("DiscriminatorRatio", lambda: d.DiscriminatorRatio(None)),
+    Case("ScoreRatio", lambda: d.ScoreRatio(20.0, 4)),
     Case("FDistill", lambda: d.FDistill(JS(), d.DiscriminatorRatio(None)), loss, eager=False, zero_grad=True),
-    Case("SDS", d.SDS, loss, grad=False, vmap=False, eager=False),
-    Case("DSD", lambda: d.DSD(1.0, 2.0), loss, eager=False),
+    Case("SDS", d.SDS),
+    Case("DSD", lambda: d.DSD(1.0, 2.0)),
     Case("SiD", lambda: d.SiD(1.0), loss, eager=False),
-    Case("Adversarial", d.Adversarial, loss, grad=False, vmap=False),
-    Case("SumLoss", lambda: d.SDS() + 0.5 * d.Adversarial(), loss, eager=False),
-    Case("StudentObjective", lambda: d.StudentObjective(d.SDS(), NOISE, None, 4, (1,)), objective, eager=False),
-    Case("CriticObjective", lambda: d.CriticObjective(NOISE, 4, (1,)), objective, eager=False),
+    Case("Adversarial", d.Adversarial),
+    Case("SumLoss", lambda: d.SDS() + 0.5 * d.Adversarial()),
+    Case("StudentObjective", lambda: d.StudentObjective(d.SDS(), NOISE, None, 4, (1,))),
+    Case("CriticObjective", lambda: d.CriticObjective(NOISE, 4, (1,))),
     Case("Discriminator", lambda: d.Discriminator((1,), width=4, depth=1, key=jr.key(0)), logit, eager=False),
     Case("Conditions", lambda: d.Conditions(jnp.arange(3), 4)),
     Case("ConsistencyModel", network, logit, eager=False),
