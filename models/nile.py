@@ -15,7 +15,7 @@ import numpyro.distributions as dist
 import genkit as gk
 
 
-lift = gk.noise.ma_fbm(5, 0.05, 1e3)
+lift = gk.noise.ma_fbm()
 years, flow = gk.data.nile()
 missing = np.arange(2, 100, 5)  # every fifth year is withheld
 

@@ -6,6 +6,7 @@ Run by hand: `pytest tests/benchmarks/test_sde.py -m benchmark -s -n0 -p no:jaxt
 import functools
 import statistics
 import time
+from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -37,7 +38,7 @@ def compare(functions, x0, repeats):
     return {name: (compiled[name] - min(t), statistics.median(t)) for name, t in times.items()}
 
 
-def drift_of(kind):
+def drift_of(kind) -> Any:
     if kind == "scalar":
         return lambda t, x: -x
     return eqx.nn.MLP(1, 1, 200, 2, activation=jnp.tanh, key=jr.key(0)).__call__
@@ -74,7 +75,9 @@ def diffrax_euler(drift, steps, start):
         tree = diffrax.VirtualBrownianTree(0.0, 1.0, 0.5 / steps, (1,), key)
         control = diffrax.ControlTerm(lambda t, y, args: 0.5 * jnp.eye(1), tree)
         terms = diffrax.MultiTerm(diffrax.ODETerm(lambda t, y, args: drift(t, y)), control)
-        return diffrax.diffeqsolve(terms, diffrax.Euler(), 0.0, 1.0, 1.0 / steps, start, max_steps=steps + 8).ys[-1]
+        out = diffrax.diffeqsolve(terms, diffrax.Euler(), 0.0, 1.0, 1.0 / steps, start, max_steps=steps + 8)
+        assert out.ys is not None
+        return out.ys[-1]
 
     return run
 

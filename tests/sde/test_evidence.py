@@ -58,7 +58,7 @@ def test_filter_of_kind_two_is_near_its_own_process():
         assert abs(float(gs.kalman(model("a", hurst, lift=gn.ma_fbm(kind="II")), observed)) - wanted) < 0.01
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_published_lift_has_its_published_error():
     observed, errors = series("a")[0], {0.3: 0.016, 0.5: 0.072, 0.7: 0.143, 0.9: 0.918}
     for hurst, wanted in errors.items():
@@ -73,7 +73,7 @@ def test_published_lift_has_its_published_error():
         ("a", "path_mean", 1, 1e-5),
         ("c", "exact", 1, 1e-5),
         pytest.param("c", "path_mean", 4, 0.07, marks=pytest.mark.long),
-        pytest.param("c", "exponential", 4, 0.05, marks=pytest.mark.long),
+        pytest.param("c", "exponential", 4, 0.05, marks=pytest.mark.slow),
     ],
 )
 def test_linear_guide_attains_the_evidence(name, step, substeps, bound):
@@ -198,6 +198,7 @@ def test_coupled_drift_and_joint_observations():
     assert abs(float(wanted - exact)) < 0.02
 
 
+@pytest.mark.slow
 def test_uncertain_start_and_vector_index():
     ts = np.array([0.3, 1.0])
     y = np.array([[0.2, 1.0], [0.5, -0.3]])

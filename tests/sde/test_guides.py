@@ -80,6 +80,7 @@ def test_weights_of_a_perturbed_neural_guide_are_unbiased(linear):
     stats.assert_same_mean(draws, other)
 
 
+@pytest.mark.slow
 def test_importance_bound_is_between():
     sde, key = quartic(), jr.key(3)
     guide = gs.LinearGuide(sde, DATA, steps_per_interval=4, num_iterations=2)

@@ -9,6 +9,7 @@ import genkit.noise as gn
 import genkit.sde as gs
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_hessian_of_the_filter():
     """Against finite differences of the gradient."""
