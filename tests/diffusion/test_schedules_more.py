@@ -218,7 +218,8 @@ def test_kinetic_path_from_data_and_from_a_denoiser():
     assert float(schedule.angle.y[-1]) == pytest.approx(whole, rel=0.08)
     # Two far points: the empirical law spreads over no dimension, so the data end is straight.
     points = gd.KineticOptimal.from_data(jnp.array([[1.0], [-1.0]]))
-    assert float(points.energy) == pytest.approx(0.4591, rel=0.15)
+    # The exact energy is 0.459; a thousand noises of one dimension leave a fifth of the angle uncertain.
+    assert 0.8 * 0.69126 < float(points.angle.y[-1]) < 1.2 * 0.69126
     assert float(points.angle.slopes[0]) > 0.95
 
 
