@@ -174,7 +174,9 @@ class BrownianNoise(AbstractSampler):
         check_positive("sigma_min", sigma_min)
         check(0 < tolerance < 1, "tolerance", "in (0, 1)", tolerance)
         noisy = (np.asarray(table.c) > 0) | (np.asarray(table.c_stage) > 0)
-        falls = np.asarray(table.sigma_next) < np.asarray(table.sigma_start)
+        end = np.asarray(table.sigma_next)
+        # Noise that lifts the state shows in the level of the next row, above the end of the step.
+        falls = np.append(np.asarray(table.sigma)[1:], end[-1]) <= end * (1 + 1e-6)
         hint = "Churn and restarts go up in noise; take `ancestral`, `sa` or a stochastic `dpmpp`."
         check(
             bool(falls[noisy].all()), "table", "one whose noise level falls where it adds noise", "one that rises", hint

@@ -79,7 +79,7 @@ class Hutchinson(AbstractTrace):
         >>> gk.diffusion.Hutchinson(8).num_probes
         8
 
-    Source: Hutchinson, "A Stochastic Estimator of the AbstractTrace of the Influence Matrix", 1990; Grathwohl et al., "FFJORD",
+    Source: Hutchinson, "A Stochastic Estimator of the Trace of the Influence Matrix", 1990; Grathwohl et al., "FFJORD",
     ICLR 2019, equation 7.
     """
 
