@@ -184,9 +184,8 @@ def test_linear_ag_is_stable_over_a_hundred_seeds(fit):
     linear = [draw(gg.linear_ag(fit), key=100 + seed) for seed in range(100)]
     exact = [draw(gg.cfg(4.0), key=100 + seed) for seed in range(100)]
     moves = [deviation(a, b) for a, b in zip(linear, exact, strict=True)]
-    print(f"mean deviation {np.mean(moves):.5f}, worst batch of {NUM} draws {max(moves):.4f}")
-    # No feedback: without ridge and roll-outs deviations reach 1e7. A draw between two components may change sides, which
-    # moves the mean of its batch by hundredths.
+    # No feedback: without ridge and roll-outs deviations reach 1e7. A draw between two components may change sides,
+    # which moves the mean of its batch by hundredths (measured: mean .00105, worst batch .0139).
     assert np.mean(moves) <= 0.0025 and max(moves) < 0.05
 
 
