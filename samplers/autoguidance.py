@@ -3,7 +3,7 @@
 What: exaggerates what the sampled model does better than one Gaussian per digit, fitted here to the training digits; a
 trained weak model (`models/digits_weak.py`) takes its place by `gk.load("runs/digits_weak").ema`.
 Source: Karras et al., "Guiding a Diffusion Model with a Bad Version of Itself", NeurIPS 2024, equation 4.
-Cost: 35 evaluations, and 35 of the Gaussians, which cost next to nothing.
+Cost: 35 evaluations, and 14 of the Gaussians, which cost next to nothing.
 Expect: labels of digits right more often than without guidance.
 """
 

@@ -32,7 +32,7 @@ def judge():
     return measure
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_projection_does_not_saturate_digits(judge):
     digits = gk.data.digits()
     x, y = digits.x_train[:600], digits.y_train[:600]
@@ -48,7 +48,7 @@ def test_projection_does_not_saturate_digits(judge):
 
 @pytest.mark.long
 def test_trained_digits(judge):
-    """The same on the networks of the zoo, and autoguidance by the weak one; prints the table."""
+    """The same on the networks of the zoo, and autoguidance by the weak one."""
     strong = gk.fit(gk.load(ROOT / "models" / "digits.py"), key=jr.key(0)).ema
     weak = gk.fit(gk.load(ROOT / "models" / "digits_weak.py"), key=jr.key(1)).ema
     table, n = gd.heun(gd.karras(18, 0.002, 80.0)), 500

@@ -96,8 +96,8 @@ PUB_4 = {
     "apg 3": (lambda: gg.apg(3.0), (1.190, 0.203, 0.302, 0.183), 254),
     "apg 6": (lambda: gg.apg(6.0), (1.177, 0.211, 0.204, 0.252), 254),
     "apg 6, r = .3": (lambda: gg.apg(6.0, norm_threshold=0.3), (1.191, 0.203, 0.291, 0.178), 254),
-    # The published row, 1.291 .150 .380 .173, decides evaluation by evaluation; here a step decides for both of its own,
-    # as in the code of the authors. These numbers are from an independent program in numpy (20,000 draws).
+    # The row of the table, 1.291 .150 .380 .173, decides evaluation by evaluation; here a step decides for both of its
+    # own, as in the code of the authors. These numbers are from an independent program in numpy (20,000 draws).
     "interval": (lambda: gg.interval(gg.cfg(3.0), 0.1, 1.0), (1.283, 0.152, 0.381, 0.173), 159),
 }
 
@@ -180,8 +180,8 @@ def bed():
 
 @pytest.mark.slow
 def test_gfcg_beats_cfg_of_equal_accuracy_at_half_the_passes(bed):
-    # The classifier is exact on clean data; on the blurred predictions of high noise it is overconfident. The best cfg by
-    # distance alone is as close as this, within the noise of the bed, but less accurate.
+    # The classifier is exact on clean data; on the blurred predictions of high noise it is overconfident. The best cfg
+    # by distance alone is as close as this, within the noise of the bed, but less accurate.
     passes, accuracy, distance = bed(gg.interval(gg.gfcg(exact_classifier, 5.0, skip_below=0.3), 0.0, 2.0))
     mild, strong = bed(gg.cfg(1.5)), bed(gg.cfg(2.0))
     assert passes <= 0.65 * strong[0] and accuracy > mild[1]
