@@ -116,7 +116,7 @@ def draw_gaussian(num, *, key):
     return 0.7 + 0.5 * jr.normal(key, (num, 1))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_network_learns_the_table():
     with jax.enable_x64(False):
         net = gk.nn.MLP((1,), width=64, depth=2, key=jr.key(0))

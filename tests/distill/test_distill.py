@@ -208,7 +208,8 @@ def test_no_critic_at_all_finds_all_modes_of_the_ring():
     )  # fmt: skip
     x = gk.sample(gk.distill.Generate(), made.ema, 4000, shape=(2,), key=jr.key(2)).value
     found = gk.distill.mode_coverage(x, CENTERS, radius=1.2)
-    assert int(found["covered"]) == 8 and float(found["tv"]) < 0.08 and float(found["precision"]) > 0.7
+    energy = float(gd.energy_distance(x[:2000], ring_law().sample(2000, key=jr.key(5))))
+    assert int(found["covered"]) == 8 and float(found["tv"]) < 0.08 and energy < 0.05
 
 
 @pytest.mark.long
