@@ -244,15 +244,16 @@ def test_wrong_input():
 
 def test_wrong_input_of_the_other_routes():
     x = jr.normal(jr.key(0), (60, 2))
-    for fit in (gk.bridge.sf2m, lambda *args, **kw: gk.bridge.fit_matching(*args, 2, **kw)):
+    routes = (gk.bridge.sf2m, lambda *args, **kw: gk.bridge.fit_matching(*args, 2, **kw))
+    for seed, fit in enumerate(routes):
         with pytest.raises(ValueError, match="epsilon"):
-            fit(x, x, 0.0, num_steps=2, key=jr.key(1))
+            fit(x, x, 0.0, num_steps=2, key=jr.key(seed + 1))
         with pytest.raises(ValueError, match="'sinkhorn'"):
-            fit(x, x, 0.1, coupling="exact", num_steps=2, key=jr.key(1))
+            fit(x, x, 0.1, coupling="exact", num_steps=2, key=jr.key(seed + 1))
         with pytest.raises(ValueError, match="one end per start"):
-            fit(x, x[:50], 0.1, coupling="paired", num_steps=2, key=jr.key(1))
+            fit(x, x[:50], 0.1, coupling="paired", num_steps=2, key=jr.key(seed + 1))
         with pytest.raises(ValueError, match="x1"):
-            fit(x, x[:, :1], 0.1, num_steps=2, key=jr.key(1))
+            fit(x, x[:, :1], 0.1, num_steps=2, key=jr.key(seed + 1))
     with pytest.raises(ValueError, match="epsilon"):
         gk.bridge.recipe(x, x, -1.0, 2)
     with pytest.raises(ValueError, match="'lowrank'"):
