@@ -22,7 +22,7 @@ def zoo(name):
     return definition.value
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_bridge_moons_with_both_samplers():
     fitted = gk.fit(zoo("models/bridge_moons"), key=jr.key(0))
     fresh = gk.data.two_moons(2000, key=jr.key(1))
@@ -32,7 +32,7 @@ def test_bridge_moons_with_both_samplers():
         assert float(gk.divergence.energy_distance(draws.value, fresh)) < 0.01
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_bridge_digits_beats_one_gaussian_on_held_out_digits():
     path = ROOT / "models" / "bridge_digits.py"
     space = runpy.run_path(str(path))  # for its helpers as well: encode and decode
