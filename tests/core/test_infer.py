@@ -1,5 +1,7 @@
 """Inference against closed forms: the coin, a conjugate normal; k-hat; ArviZ."""
 
+import importlib
+
 import arviz as az
 import jax
 import jax.numpy as jnp
@@ -17,14 +19,23 @@ def conjugate(y):
     numpyro.sample("y", dist.Normal(x, 0.5), obs=y)
 
 
+def arviz_psis(log_w):
+    """ArviZ's smoothed weights, its k-hat, and how near ours must come."""
+    if hasattr(az, "psislw"):
+        return *az.psislw(log_w.copy()), 1e-6
+    # ArviZ 1.x takes the negative and draws the shape elsewhere: another estimator of the same tail.
+    array_stats = importlib.import_module("arviz_stats.base").array_stats
+    return *array_stats.psislw(-log_w, axis=-1), 0.04
+
+
 def test_khat_agrees_with_arviz():
     rng = np.random.default_rng(0)
     for scale in (0.5, 1.0, 2.0):
         log_w = scale * rng.standard_normal(2000)
         smooth, khat = pareto_smooth(log_w)
-        reference, reference_khat = az.psislw(log_w.copy())
-        np.testing.assert_allclose(khat, reference_khat, atol=1e-6)
-        np.testing.assert_allclose(smooth - smooth[0], np.asarray(reference - reference[0]), atol=1e-6)
+        reference, reference_khat, near = arviz_psis(log_w)
+        np.testing.assert_allclose(khat, reference_khat, atol=near)
+        np.testing.assert_allclose(smooth - smooth[0], np.asarray(reference - reference[0]), atol=near)
 
 
 def test_conjugate_normal_by_variational_inference():
