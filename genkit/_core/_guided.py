@@ -38,8 +38,8 @@ class Guided(Denoiser):
         ...     jnp.ones(2), jnp.array([[-1.0], [1.0]]), jnp.array(0.01), labels=jnp.array([0, 1])
         ... )
         >>> guided = Guided(law, gk.guidance.cfg(2.0))
-        >>> guided(jnp.zeros(1), jnp.array(1.0), 1).round(2).tolist()
-        [1.98]
+        >>> round(float(guided(jnp.zeros(1), jnp.array(1.0), 1)[0]), 2)
+        1.98
     """
 
     model: Callable

@@ -233,7 +233,7 @@ def _identity(y: Array) -> Array:
 
 
 def _mlp(inputs: int, outputs: int, width: int, depth: int, dtype: Any, key: Array) -> eqx.nn.MLP:
-    return eqx.nn.MLP(inputs, outputs, width, depth, activation=jnp.tanh, dtype=dtype, key=key)
+    return eqx.nn.MLP(inputs, outputs, width, depth, activation=jax.lax.tanh, dtype=dtype, key=key)
 
 
 def _zero_last(mlp: eqx.nn.MLP) -> eqx.nn.MLP:

@@ -229,6 +229,7 @@ def test_restarting_and_grids_do_not_change_the_law():
     assert_same_mean(jnp.concatenate([fine, fine**2], 1), jnp.concatenate([coarse, coarse**2], 1))
 
 
+@pytest.mark.slow
 def test_reverse_of_known_source():
     pair = pair_1d()
     x, y = jnp.array([[0.3], [-1.0]]), jnp.array([[0.5], [2.0]])

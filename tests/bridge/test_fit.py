@@ -88,6 +88,7 @@ def test_objective_falls_and_the_bridge_lands_on_the_target(data, fitted, single
     np.testing.assert_allclose(objective(bridge, x0, x1), by_parts, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_full_scale_recovers_a_rotated_pair(pair, data, fitted):
     _, (y0, y1) = data
     bridge, _ = fitted("full")
@@ -167,6 +168,7 @@ def test_sf2m_learns(data):
     assert neural.epsilon == 1.0
 
 
+@pytest.mark.slow
 def test_samplers_through_the_verb():
     pair = pair_1d()
     bridge = gk.bridge.Bridge(pair.bridge.potential).with_source(

@@ -89,6 +89,7 @@ def test_gaussian_value_from_a_grid():
     np.testing.assert_allclose(plan.value, expected, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_bridge_of_a_plan(points):
     x, y = points
     plan = gk.bridge.sinkhorn(x, y, 0.3, tol=1e-13)

@@ -194,6 +194,7 @@ def test_gradients_by_the_data_and_by_the_model(x64):
 
 
 # numpyro splits the key of a site twice when it looks for a place to start.
+@pytest.mark.slow
 @pytest.mark.key_reuse
 def test_a_diffusion_prior_in_a_numpyro_model_under_nuts(x64):
     # Gaussian prior, linear observation: the posterior is known in closed form.

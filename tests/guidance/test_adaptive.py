@@ -160,6 +160,7 @@ def test_linear_ag_refuses_another_draw(fit):
         draw(gg.linear_ag(scaled))
 
 
+@pytest.mark.slow
 def test_linear_ag_is_exact_where_everything_is_linear():
     # Gaussian pairs of equal covariance: the noise predictions differ by a multiple of one fixed vector, which true
     # steps reveal, so that predictions are exact; with corrector rows, too.

@@ -71,6 +71,7 @@ class Raw(eqx.Module):
         return gd.convert(x0, "x0", self.prediction, x_t, alpha, sigma, **rates)
 
 
+@pytest.mark.slow
 def test_parameterizations_agree(x64):
     means = jnp.asarray(np.random.default_rng(0).normal(size=(6, 3)))
     law = gd.MixtureDenoiser(jnp.ones(6), means, jnp.asarray(0.09), labels=np.repeat(np.arange(3), 2))

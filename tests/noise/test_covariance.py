@@ -22,6 +22,7 @@ def test_kind_two_is_the_hypergeometric_formula(hurst):
         np.testing.assert_allclose(gn.fbm_covariance(hurst, t, t, "II"), t ** (2 * hurst), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_covariances_in_float32_agree_with_float64():
     grid = np.linspace(0.1, 1.0, 7)
     for kind in ("I", "II"):

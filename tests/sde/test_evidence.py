@@ -218,6 +218,7 @@ def test_uncertain_start_and_vector_index():
     np.testing.assert_allclose(draws, value, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_brownian_lift_is_exact():
     observed = series("c")[0]
     sde = model("c", 0.5, "exact", lift=gn.brownian())

@@ -107,6 +107,7 @@ def test_a_law_of_the_start_that_is_not_normal():
     stats.assert_mean(jnp.exp(draws) / evidence, 1.0)
 
 
+@pytest.mark.slow
 def test_forecast_covers_and_reaches_beyond():
     ts = np.array([0.0, 0.5, 1.0, 1.5, 2.0])
     sde = bridge(0.0, 0.7, CHEAP)
@@ -146,6 +147,7 @@ def test_learned_index_stays_inside_and_moves():
     assert 0.02 < float(hurst.value) < 0.98
 
 
+@pytest.mark.slow
 def test_latent_model_on_series():
     key_net, key_guide, key_data, key_loss = jr.split(jr.key(0), 4)
     ts = np.arange(1, 5) / 4

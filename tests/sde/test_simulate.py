@@ -113,6 +113,7 @@ def test_steps_that_do_not_divide_into_blocks():
     np.testing.assert_allclose(slope, np.exp(-1), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_steps_in_constant_memory():
     """A path costs the noise of one block, whatever the number of steps; only the shared step times grow with it."""
 
