@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import numpyro
 from jaxtyping import Array, Key
-from numpyro.infer import HMC as _HMC, MCMC as _MCMC, NUTS as _NUTS
+from numpyro.infer import HMC as _HMC, MCMC as _MCMC, NUTS as _NUTS, init_to_uniform
 
 from .._core._checks import check_count, check_interval
 from .._core._infer import Posterior
@@ -129,7 +129,9 @@ class HMC(eqx.Module):
 
 def _refuse_discrete(problem: Problem) -> None:
     """HMC moves on a continuous space."""
-    with numpyro.handlers.trace() as trace, numpyro.handlers.seed(rng_seed=0):
+    # Improper laws cannot be drawn from: they start where the chains will.
+    start = numpyro.handlers.substitute(substitute_fn=init_to_uniform())
+    with numpyro.handlers.trace() as trace, start, numpyro.handlers.seed(rng_seed=0):
         problem.model(*problem.args, **problem.kwargs)
     for name, site in trace.items():
         if site["type"] == "sample" and not site["is_observed"] and site["fn"].support.is_discrete:
