@@ -49,7 +49,10 @@ def is_public(space) -> bool:
 def public_modules() -> set[type]:
     spaces = [genkit, *(v for name in dir(genkit) if inspect.ismodule(v := getattr(genkit, name)) and is_public(v))]
     found = {
-        v for space in spaces for name, v in vars(space).items() if inspect.isclass(v) and not name.startswith("_")
+        v
+        for space in spaces
+        for name in dir(space)
+        if not name.startswith("_") and inspect.isclass(v := getattr(space, name))
     }
     ours = {cls for cls in found if issubclass(cls, eqx.Module) and cls.__module__.startswith("genkit.")}
     return {cls for cls in ours if not inspect.isabstract(cls) and not getattr(cls, "__abstractvars__", ())}

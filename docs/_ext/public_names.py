@@ -25,7 +25,8 @@ def namespaces() -> list[ModuleType]:
 
 def public_names(module: ModuleType) -> dict[str, object]:
     """The functions and classes of ours that `module` shows."""
-    shown = {name: thing for name, thing in vars(module).items() if not name.startswith("_") and callable(thing)}
+    names = [name for name in dir(module) if not name.startswith("_")]  # not `vars`: some are made on demand
+    shown = {name: thing for name in names if callable(thing := getattr(module, name))}
     return {name: thing for name, thing in shown.items() if getattr(thing, "__module__", "").startswith("genkit")}
 
 
