@@ -1,6 +1,7 @@
 """Sampling against a hand-written `lax.scan` of the same sampler, same weights, same noise; compile time apart.
 
-Run with `pytest tests/benchmarks/test_sampling.py -m benchmark -s -p no:xdist -n 0`.
+Run with `pytest -o addopts="--import-mode=importlib" tests/benchmarks/test_sampling.py -m benchmark -s`: without the
+suite's own options, whose run-time type checks would count as ours.
 """
 
 import time
