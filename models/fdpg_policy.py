@@ -4,8 +4,8 @@ What: sequences of eight bits; the target prefers those that read the same backw
 a gated recurrent unit; the Jensen-Shannon divergence is followed by its score-function gradient, with a running
 normalizer and baseline.
 Source: Go et al., "Aligning Language Models with Preferences through f-divergence Minimization", ICML 2023.
-Cost: about half a minute on two cores.
-Expect: palindromes in 0.33 of the draws (0.0625 before; exact under the target: 0.330), log_z near its exact 5.88.
+Cost: ten seconds on two cores.
+Expect: log_z 5.88, its exact value; under the target 0.330 of the sequences are palindromes (0.0625 before).
 """
 
 import jax

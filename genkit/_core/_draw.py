@@ -1,6 +1,7 @@
 """The drawing loop: one scan over the rows of a table, with its three hooks."""
 
 import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -66,6 +67,7 @@ class Draw(eqx.Module):
         impl: the kind of these keys.
         cond: conditions with leading axis `n`, or `None`.
         trajectory: also return the state before each row and at the end.
+        noise: where the noise comes from, `(keys, row, stream, x) -> standard normals like x`; `independent` if `None`.
     """
 
     runner: Runner
@@ -74,6 +76,7 @@ class Draw(eqx.Module):
     cond: Any
     impl: Any = eqx.field(static=True)
     trajectory: bool = eqx.field(static=True, default=False)
+    noise: Callable | None = None
 
     def __call__(
         self, table: Table, x: Array, patterns: Patterns | None = None
@@ -109,8 +112,7 @@ class Draw(eqx.Module):
 
     def keys(self, row: Columns) -> Array:
         """One key per draw for this row."""
-        keys = jax.random.wrap_key_data(self.seeds, impl=self.impl)
-        return jax.vmap(lambda key: jax.random.fold_in(key, row.row))(keys)
+        return jax.vmap(lambda key: jax.random.fold_in(key, row.row))(self._loop_keys)
 
     def _initial(self, columns: Columns, x: Array) -> State:
         """The state before the first row."""
@@ -125,6 +127,10 @@ class Draw(eqx.Module):
         crowds = jax.vmap(population.init)(x.reshape(-1, population.num_particles, *x.shape[1:]))
         row = jax.tree.map(lambda leaf: leaf[0], columns)
         return state._replace(population=crowds, event=(x, x, self._blank(state, row)[2]))
+
+    @property
+    def _loop_keys(self) -> Array:
+        return jax.random.wrap_key_data(self.seeds, impl=self.impl)
 
     @property
     def _guidance(self) -> Guidance:
@@ -163,18 +169,26 @@ class Draw(eqx.Module):
 
         None is drawn where its standard deviations are zero; one branch around both spares most rows a second one.
         """
+        source = independent if self.noise is None else self.noise
 
         def drawn(scale: Array, stream: int) -> Array:
-            def draw(key: Array) -> Array:
-                return jax.random.normal(jax.random.fold_in(key, stream), y.shape[1:], y.dtype)
-
-            return lax.cond(scale != 0, lambda: scale * jax.vmap(draw)(self.keys(row)), lambda: jnp.zeros_like(y))
+            fresh = lambda: scale * source(self._loop_keys, row, stream, y)
+            return lax.cond(scale != 0, fresh, lambda: jnp.zeros_like(y))
 
         def noisy() -> tuple[Array, Array]:
             first = drawn(row.c, 0)
             return base + first, y + (row.d * first + drawn(row.c_stage, 1))
 
         return lax.cond((row.c != 0) | (row.c_stage != 0), noisy, lambda: (base, y))
+
+
+def independent(keys: Array, row: Columns, stream: int, x: Array) -> Array:
+    """Standard normals, independent from row to row; a row has two streams, for `base` and for the state alone."""
+
+    def draw(key: Array) -> Array:
+        return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, row.row), stream), x.shape[1:], x.dtype)
+
+    return jax.vmap(draw)(keys)
 
 
 def columns_of(table: Table, dtype: Any) -> Columns:

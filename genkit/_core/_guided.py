@@ -16,15 +16,17 @@ from ._runner import Runner
 
 
 class Guided(Denoiser):
-    """A denoiser under a stateless guidance, as a denoiser again.
+    """A denoiser under a guidance, as a denoiser again: one prediction, outside any grid of steps.
 
     Adaptive solvers evaluate a vector field at rejected steps too, several times per step and in any order, so that
-    whatever a guidance remembers (momentum, a latch, a history) would be wrong there; nor do they know the next noise
-    level or the number of steps. Such guidance is refused.
+    whatever a guidance remembers (momentum, a latch, a history) would be wrong there; nor is there a next noise level
+    or a number of steps. Such guidance is refused.
 
     Args:
         model: the denoiser.
-        guidance: a guidance without carry that needs neither step numbers nor the next noise level.
+        guidance: a guidance that needs neither step numbers nor the next noise level, and has no carry.
+        forget: take a guidance with a carry too, and evaluate it each time as in its first step: for training on
+            predictions that stand alone.
 
     Raises:
         TypeError: if `guidance` is none.
@@ -45,23 +47,29 @@ class Guided(Denoiser):
     model: Callable
     guidance: Guidance
 
-    def __init__(self, model: Callable, guidance: Any):
+    def __init__(self, model: Callable, guidance: Any, *, forget: bool = False):
         hooks = collect_hooks(guidance)
         alone = hooks.guidance is not None and not hooks.transforms and hooks.population is None
         if hooks.guidance is None or not alone:
             raise ValueError(
-                "`guidance` must be one guidance without step transforms or populations here, because an adaptive "
-                f"solver has no fixed steps for them to act at; got {describe(guidance)}. Use a table, such as "
+                "`guidance` must be one guidance without step transforms or populations here, because there are no "
+                f"fixed steps for them to act at; got {describe(guidance)}. Use a table, such as "
                 "`gk.diffusion.heun(grid)`."
             )
         self.model, self.guidance = model, hooks.guidance
         hint = "Use it with a table, such as `gk.diffusion.heun(grid)`."
         carry = jax.tree.leaves(jax.eval_shape(self.guidance.init, jnp.zeros(1)))
-        why = "stateless here: an adaptive solver also evaluates rejected steps, which would corrupt what it remembers"
-        check(not carry, "guidance", why, f"{type(self.guidance).__name__}, which carries state", hint)
+        why = "stateless here: predictions are asked for in any order (an adaptive solver's rejected steps too), which "
+        why += "would corrupt what it remembers"
+        check(forget or not carry, "guidance", why, f"{type(self.guidance).__name__}, which carries state", hint)
         found = _that_need_a_grid(self.guidance)
-        why = "a function of the noise level alone here: an adaptive solver has neither step numbers nor a next level"
+        why = "a function of the noise level alone here: outside a grid there are no step numbers and no next level"
         check(not found, "guidance", why, ", ".join(found), hint)
+
+    @property
+    def no_likelihood(self) -> str:
+        """Why there is none."""
+        return "a guided field is the score of no noisy data law. Pass the plain denoiser."
 
     @property
     def shape(self) -> tuple[int, ...] | None:

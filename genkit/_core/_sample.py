@@ -1,5 +1,6 @@
 """The verb `sample`: keys per draw, batches, checks, one compiled program."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -136,7 +137,7 @@ def _with_guidance(sampler: AbstractSampler, guidance: Any) -> AbstractSampler:
             "Drop one, or pass the bare table."
         )
     if isinstance(sampler, Sampler):
-        return Sampler(sampler.table, guidance, plan=sampler.plan, fuse=sampler.fuse)
+        return dataclasses.replace(sampler, guidance=guidance, patterns=None)
     return eqx.tree_at(lambda s: s.guidance, sampler, guidance, is_leaf=lambda leaf: leaf is None)
 
 

@@ -1,6 +1,7 @@
 """Samplers: what turns a model and keys into draws."""
 
 import abc
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Inexact, Key
+from jaxtyping import Array, ArrayLike, Inexact, Key
 
 from ._checks import check, check_choice, describe, is_concrete
 from ._draw import Draw
@@ -60,10 +61,12 @@ class Sampler(AbstractSampler):
             that nothing recompiles. `"static"`: decided on the host from the grid, compiled once per pattern, without a
             branch. `"compact"`: also within a batch, by gathering the draws that need it.
         fuse: evaluate the condition and its absence in one concatenated call instead of one after the other.
+        noise: where the noise of stochastic tables comes from, such as `genkit.diffusion.BrownianNoise`; `None` for
+            independent normals.
         patterns: which evaluations each row makes under a static plan; worked out from the grid if not given.
 
     Raises:
-        ValueError: for an unknown plan.
+        ValueError: for an unknown plan, or a noise that the table cannot take.
         TypeError: if `table` or `guidance` is of another kind.
 
     Example:
@@ -77,6 +80,7 @@ class Sampler(AbstractSampler):
     guidance: Any = None
     plan: str = eqx.field(static=True, default="dynamic", kw_only=True)
     fuse: bool = eqx.field(static=True, default=False, kw_only=True)
+    noise: Callable | None = eqx.field(default=None, kw_only=True)
     patterns: Patterns | None = eqx.field(static=True, default=None, kw_only=True, repr=False)
 
     def __check_init__(self) -> None:
@@ -87,6 +91,9 @@ class Sampler(AbstractSampler):
             )
         check_choice("plan", self.plan, PLANS)
         collect_hooks(self.guidance)
+        suits = getattr(self.noise, "check_table", None)
+        if suits is not None:
+            suits(self.table)
 
     @property
     def block_size(self) -> int:
@@ -108,15 +115,12 @@ class Sampler(AbstractSampler):
         hooks = collect_hooks(self.guidance)
         _check_condition(hooks, cond)
         check(len(keys) % self.block_size == 0, "keys", f"a multiple of {self.block_size} (the population)", len(keys))
-        init_keys, loop_keys = (jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(keys) for i in (0, 1))
-        if x_init is None:
-            noise = jax.vmap(lambda key: jax.random.normal(key, shape))(init_keys)
-            x_init = jnp.asarray(self.table.sigma, noise.dtype)[0] * noise
+        x_init, loop_keys = start(keys, jnp.asarray(self.table.sigma)[0], x_init, shape)
         guidance = Unguided() if hooks.guidance is None else hooks.guidance
         runner = Runner(model, guidance, self.plan, self.fuse)
         patterns = self._patterns(guidance, shape, cond) if self.plan == "static" else None
         seeds, impl = jax.random.key_data(loop_keys), jax.random.key_impl(keys)
-        loop = Draw(runner, hooks, seeds, cond, impl, trajectory)
+        loop = Draw(runner, hooks, seeds, cond, impl, trajectory, self.noise)
         value, tally, info, states = loop(self.table, x_init, patterns)
         return Draws(value, tally.executed, tally.logical, info, at_steps(self.table, states))
 
@@ -126,13 +130,34 @@ class Sampler(AbstractSampler):
             return self
         guidance = collect_hooks(self.guidance).guidance
         patterns = self._patterns(Unguided() if guidance is None else guidance, shape, cond)
-        return Sampler(self.table, self.guidance, plan=self.plan, fuse=self.fuse, patterns=patterns)
+        return dataclasses.replace(self, patterns=patterns)
 
     def _patterns(self, guidance: Guidance, shape: tuple[int, ...], cond: Any) -> Patterns:
         """Which evaluations each row makes."""
         if self.patterns is not None:
             return self.patterns
         return static_patterns(guidance, self.table, shape, cond)
+
+
+def start(
+    keys: Key[Array, " n"], level: ArrayLike, x_init: Inexact[Array, " n *shape"] | None, shape: tuple[int, ...]
+) -> tuple[Inexact[Array, " n *shape"], Key[Array, " n"]]:
+    """The states a sampler starts from, drawn at the noise level `level` where none are given, and keys for the rest.
+
+    Args:
+        keys: one key per draw.
+        level: noise level of the start, a scalar.
+        x_init: states to start from, or `None`.
+        shape: shape of one example.
+
+    Returns:
+        States `(n, *shape)`, and one further key per draw, the same whether states were given or not.
+    """
+    first, rest = (jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(keys) for i in (0, 1))
+    if x_init is None:
+        noise = jax.vmap(lambda key: jax.random.normal(key, shape))(first)
+        x_init = jnp.asarray(level, noise.dtype) * noise
+    return x_init, rest
 
 
 def as_sampler(sampler: Any) -> AbstractSampler:

@@ -245,11 +245,7 @@ class MixturePair(eqx.Module):
         """
         check_count("n", n)
         check_key(key)
-        key_source, key_end = jax.random.split(key)
-        x0 = self.marginal(0.0).sample(key_source, (n,))
-        keys = jax.random.split(key_end, n)
-        x1 = jax.vmap(lambda x, key: self.bridge.potential.sample_endpoint(x, 0.0, key=key))(x0, keys)
-        return x0, x1
+        return _draw_pairs(self, n, key)
 
     def log_plan(self, x0: Float[ArrayLike, " *#batch d"], x1: Float[ArrayLike, " *#batch d"]) -> Float[Array, " ..."]:
         """The log-density of the plan at (x0, x1).
@@ -312,10 +308,26 @@ def mixture_pair(
     check_epsilon(epsilon)
     source, target = _components("source", source), _components("target", target)
     check_shape("target", target[1], (None, source[1].shape[1]), "Both ends live in one space.")
-    epsilon = jnp.asarray(epsilon, source[1].dtype)
+    return _assemble(source, target, jnp.asarray(epsilon, source[1].dtype))
+
+
+# Compiled whole: called one operation at a time these two take seconds, nearly all of it compiling.
+@eqx.filter_jit
+def _assemble(source: Any, target: Any, epsilon: Array) -> MixturePair:
+    """The pair of two checked mixtures."""
     forward, backward = _potential(*target, epsilon), _potential(*source, epsilon)
     log_z = jax.nn.logsumexp(_product(source, target, epsilon, 0.0)[0])
     return MixturePair(source, target, Bridge(forward, backward=backward.shifted(-log_z)))
+
+
+@eqx.filter_jit
+def _draw_pairs(pair: MixturePair, n: int, key: Key[Array, ""]) -> tuple[Array, Array]:
+    """Start points from the source, and end points from the coupling given each."""
+    key_source, key_end = jax.random.split(key)
+    x0 = pair.marginal(0.0).sample(key_source, (n,))
+    keys = jax.random.split(key_end, n)
+    x1 = jax.vmap(lambda x, key: pair.bridge.potential.sample_endpoint(x, 0.0, key=key))(x0, keys)
+    return x0, x1
 
 
 def _components(name: str, parts: Any):

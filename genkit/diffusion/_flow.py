@@ -123,8 +123,15 @@ def check_plain(denoiser: Any) -> None:
             "noisy data law, so the change of variables along it gives the density of no guided model. Pass the plain "
             "denoiser."
         )
-    if getattr(denoiser, "no_likelihood", None):
-        raise ValueError(f"`denoiser` must be one with a likelihood; got {type(denoiser).__name__}, which has none: "
-                         f"{denoiser.no_likelihood}")  # fmt: skip
     if not callable(denoiser):
         raise TypeError(f"`denoiser` must be a callable (x, sigma, cond=None) -> x0; got {describe(denoiser)}.")
+
+
+def check_likelihood(denoiser: Any) -> None:
+    """Refuse what `check_plain` refuses, and denoisers whose flow is that of no density, saying why."""
+    check_plain(denoiser)
+    why = getattr(denoiser, "no_likelihood", None)
+    if why:
+        raise ValueError(
+            f"`denoiser` must be one with a likelihood; got {type(denoiser).__name__}, which has none: {why}"
+        )

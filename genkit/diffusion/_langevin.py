@@ -1,4 +1,4 @@
-"""Predictor-corrector sampling with Langevin steps, and tables that take their noise from one Brownian path."""
+"""Predictor-corrector sampling with Langevin steps, and noise from one Brownian path per draw."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +11,11 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Inexact, Key
 
 from genkit._core import AbstractSampler
-from genkit._core._checks import check, check_choice, check_count, check_positive, describe
+from genkit._core._checks import check, check_choice, check_count, check_positive, is_concrete
 from genkit._core._draws import Draws
 from genkit._core._fields import as_number
-from genkit._core._table import HISTORY, Table
+from genkit._core._sampler import start
+from genkit._core._table import Table
 
 from ._grids import check_grid
 
@@ -64,10 +65,7 @@ class PredictorCorrector(AbstractSampler):
         shape: tuple[int, ...],
     ) -> Draws:
         """Draw one example per key; see `AbstractSampler.draw`."""
-        start_keys, loop_keys = (jax.vmap(lambda key, i=i: jr.fold_in(key, i))(keys) for i in (0, 1))
-        if x_init is None:
-            noise = jax.vmap(lambda key: jr.normal(key, shape))(start_keys)
-            x_init = self.grid[0].astype(noise.dtype) * noise
+        x_init, loop_keys = start(keys, self.grid[0], x_init, shape)
         grid = self.grid.astype(x_init.dtype)
         axes = (0, None, None if cond is None else 0)
         predict = lambda x, sigma: jax.vmap(model, in_axes=axes)(x, sigma, cond)
@@ -137,100 +135,80 @@ def predictor_corrector(
     return PredictorCorrector(grid, snr, num_corrections, norm)
 
 
-class BrownianNoise(AbstractSampler):
-    r"""Another table, its noise taken from one Brownian path per draw: more steps refine a draw, not replace it.
+class BrownianNoise(eqx.Module):
+    r"""Noise from one Brownian path per draw: more steps refine a draw, not replace it. Pass it as `Sampler(noise=)`.
 
     The noise of a row from $\sigma_s$ to $\sigma_t$ is the normalized increment of the path over
     $[\log\sigma_t, \log\sigma_s]$, so it has the law that the table expects, and tables on different grids over the
-    same range see the same path. Draws then converge, draw by draw, as steps get smaller. Guidance is not taken.
+    same range see the same path. Draws then converge, draw by draw, as steps get smaller. It suits stochastic tables
+    that only go down in noise (`ancestral`, `sa`, stochastic `dpmpp`, ...).
 
     Args:
-        table: a stochastic table that only goes down in noise (`ancestral`, `sa`, stochastic `dpmpp`, ...).
         sigma_min: smallest noise level that the path resolves; the same for tables that are compared.
         sigma_max: largest; the same for tables that are compared.
         tolerance: resolution of the path as a fraction of its length, in (0, 1).
 
     Raises:
-        TypeError: if `table` is none.
-        ValueError: for a table that adds noise while the level rises or stays.
+        ValueError: for levels out of order; with a table that adds noise while the level rises or stays.
 
     Example:
         >>> import genkit as gk
-        >>> sampler = gk.diffusion.BrownianNoise(gk.diffusion.ancestral(gk.diffusion.karras(10, 0.01, 50.0)), 0.01, 50.0)
-        >>> sampler.table.nfe
-        10
+        >>> noise = gk.diffusion.BrownianNoise(0.01, 50.0)
+        >>> sampler = gk.Sampler(gk.diffusion.ancestral(gk.diffusion.karras(10, 0.01, 50.0)), noise=noise)
 
     Source: Li et al., "Scalable Gradients for Stochastic Differential Equations", AISTATS 2020 (virtual Brownian tree).
-    """  # noqa: E501
+    """
 
-    table: Table
     sigma_min: Float[Array, ""]
     sigma_max: Float[Array, ""]
     tolerance: float = eqx.field(static=True)
 
-    def __init__(self, table: Table, sigma_min: Any, sigma_max: Any, tolerance: float = 1e-6):
-        if not isinstance(table, Table):
-            raise TypeError(f"`table` must be a `genkit.Table`; got {describe(table)}.")
+    def __init__(self, sigma_min: Any, sigma_max: Any, tolerance: float = 1e-6):
         check_positive("sigma_min", sigma_min)
         check(0 < tolerance < 1, "tolerance", "in (0, 1)", tolerance)
+        self.sigma_min, self.sigma_max = as_number(sigma_min), as_number(sigma_max)
+        check(bool(self.sigma_min < self.sigma_max), "sigma_min", "smaller than `sigma_max`", self.sigma_min)
+        self.tolerance = float(tolerance)
+
+    def check_table(self, table: Table) -> None:
+        """Refuse a table that adds noise while the level rises or stays."""
+        if not is_concrete(table.sigma):
+            return
         noisy = (np.asarray(table.c) > 0) | (np.asarray(table.c_stage) > 0)
         end = np.asarray(table.sigma_next)
         # Noise that lifts the state shows in the level of the next row, above the end of the step.
         falls = np.append(np.asarray(table.sigma)[1:], end[-1]) <= end * (1 + 1e-6)
-        hint = "Churn and restarts go up in noise; take `ancestral`, `sa` or a stochastic `dpmpp`."
+        good, hint = bool(falls[noisy].all()), "Take `ancestral`, `sa` or a stochastic `dpmpp`."
         check(
-            bool(falls[noisy].all()), "table", "one whose noise level falls where it adds noise", "one that rises", hint
+            good, "table", "one whose noise level falls where it adds noise", "one that rises (churn, restarts)", hint
         )
-        self.table, self.tolerance = table, float(tolerance)
-        self.sigma_min, self.sigma_max = as_number(sigma_min), as_number(sigma_max)
-        check(bool(self.sigma_min < self.sigma_max), "sigma_min", "smaller than `sigma_max`", self.sigma_min)
 
-    def draw(
-        self,
-        model: Callable,
-        keys: Key[Array, " n"],
-        *,
-        cond: Any,
-        x_init: Inexact[Array, " n *shape"] | None,
-        shape: tuple[int, ...],
-    ) -> Draws:
-        """Draw one example per key; see `AbstractSampler.draw`."""
+    def __call__(self, keys: Key[Array, " n"], row: Any, stream: int, x: Array) -> Array:
+        """The noise of one row.
+
+        Args:
+            keys: one key per draw, the same in every row.
+            row: where the draws stand: `sigma_start` and `sigma_next`.
+            stream: which of the row's two noises.
+            x: states `(n, *shape)`; only shape and dtype count.
+
+        Returns:
+            Standard normals `(n, *shape)`.
+        """
         import diffrax
 
-        from genkit._core._draw import columns_of
+        low, high = jnp.log(self.sigma_min.astype(x.dtype)), jnp.log(self.sigma_max.astype(x.dtype))
+        # Time of the path: 0 at the largest level, 1 at the smallest.
+        clock = lambda sigma: jnp.clip((high - jnp.log(jnp.maximum(sigma, self.sigma_min))) / (high - low), 0, 1)
+        first, last = clock(row.sigma_start), clock(row.sigma_next)
 
-        start_keys, path_keys = (jax.vmap(lambda key, i=i: jr.fold_in(key, i))(keys) for i in (0, 1))
-        if x_init is None:
-            noise = jax.vmap(lambda key: jr.normal(key, shape))(start_keys)
-            x_init = jnp.asarray(self.table.sigma, noise.dtype)[0] * noise
-        columns = columns_of(self.table, x_init.dtype)
-        low, high = (jnp.log(level.astype(x_init.dtype)) for level in (self.sigma_min, self.sigma_max))
+        def one(key: Array) -> Array:
+            space = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+            path = diffrax.VirtualBrownianTree(0.0, 1.0, self.tolerance, space, jr.fold_in(key, stream))
+            increment: Any = path.evaluate(first, last)
+            return increment / jnp.sqrt(jnp.where(last > first, last - first, 1))
 
-        def one(key: Array, x: Array, cond: Any) -> Array:
-            space = jax.ShapeDtypeStruct(shape, x.dtype)
-            path = diffrax.VirtualBrownianTree(0.0, 1.0, self.tolerance, space, jr.fold_in(key, 0))
-            other = diffrax.VirtualBrownianTree(0.0, 1.0, self.tolerance, space, jr.fold_in(key, 1))
-            # Time of the path: 0 at the largest level, 1 at the smallest.
-            clock = lambda sigma: jnp.clip((high - jnp.log(jnp.maximum(sigma, self.sigma_min))) / (high - low), 0, 1)
-
-            def step(state: tuple[Array, Array, Array], row: Any) -> tuple[tuple[Array, Array, Array], None]:
-                y, base, history = state
-                x0 = jax.lax.cond(row.evaluate, lambda: model(y, row.sigma, cond), lambda: jnp.zeros_like(y))
-                history = jax.lax.dynamic_update_index_in_dim(history, row.p * y + row.q * x0, row.slot, 0)
-                mix = lambda weights: jnp.tensordot(weights, history, 1)
-                first, last = clock(row.sigma_start), clock(row.sigma_next)
-                share = jnp.where(last > first, last - first, 1)
-                draw = lambda path: path.evaluate(first, last) / jnp.sqrt(share)
-                base = row.a * base + mix(row.b) + row.c * draw(path)
-                y = row.d * base + mix(row.e) + row.c_stage * draw(other)
-                return (y, base, history), None
-
-            history = jnp.zeros((HISTORY, *shape), x.dtype)
-            return jax.lax.scan(step, (x, x, history), columns)[0][0]
-
-        value = jax.vmap(one, in_axes=(0, 0, None if cond is None else 0))(path_keys, x_init, cond)
-        count = jnp.full(len(keys), jnp.sum(columns.evaluate), jnp.int32)
-        return Draws(value, count, count)
+        return jax.vmap(one)(keys)
 
 
 def _normal(key: Array, row: Array, stream: Any, shape: tuple[int, ...], dtype: Any) -> Array:

@@ -14,7 +14,7 @@ from genkit._core import Measure
 from genkit._core._checks import check, check_key
 from genkit._core._fields import as_number
 
-from ._flow import check_plain
+from ._flow import check_likelihood
 from ._likelihood import AbstractTrace, ExactTrace, Hutchinson, log_prob, sample_log_prob
 
 
@@ -57,7 +57,7 @@ class FlowMeasure(Measure):
     cond: Any = eqx.field(default=None, kw_only=True)
 
     def __check_init__(self):
-        check_plain(self.denoiser)
+        check_likelihood(self.denoiser)
         check(self.event_shape is not None, "shape", "given where the denoiser does not tell it", "None")
         hint = "The exponential of an unbiased logarithm is biased."
         check(not isinstance(self.trace, Hutchinson), "trace", "an ExactTrace", "Hutchinson", hint)

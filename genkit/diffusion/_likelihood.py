@@ -14,7 +14,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Inexact, Int, Key
 from genkit._core._checks import check, check_count, check_interval, check_key, check_positive
 from genkit._core._fields import as_number
 
-from ._flow import Chart, Solution, chart, check_plain, solve, velocity
+from ._flow import Chart, Solution, chart, check_likelihood, solve, velocity
 
 
 class AbstractTrace(eqx.Module):
@@ -181,7 +181,7 @@ def log_prob(
     Source: Song et al., "Score-Based Generative Modeling through Stochastic Differential Equations", ICLR 2021,
     equation 39.
     """
-    check_plain(denoiser)
+    check_likelihood(denoiser)
     x = as_number(x)
     frame = chart(denoiser, sigma_min, sigma_max, sigma_data, x.dtype)
     _check_tolerances(rtol, atol)
@@ -243,7 +243,7 @@ def sample_log_prob(
         >>> x.shape, bool(found.ok)
         ((2,), True)
     """
-    check_plain(denoiser)
+    check_likelihood(denoiser)
     check_key(key)
     key_state, key_probes = jr.split(key)
     shape = tuple(getattr(denoiser, "shape", None) or ()) if shape is None else tuple(shape)

@@ -6,7 +6,6 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Inexact, Key
 
@@ -14,6 +13,7 @@ from genkit._core import AbstractSampler
 from genkit._core._checks import check, check_positive, describe
 from genkit._core._draws import Draws
 from genkit._core._fields import as_number
+from genkit._core._sampler import start
 
 from ._analytic import GaussianDenoiser
 from ._flow import chart, check_plain, solve, velocity
@@ -69,9 +69,7 @@ class ProbabilityFlow(AbstractSampler):
     ) -> Draws:
         """Draw one example per key; see `AbstractSampler.draw`."""
         check_plain(model)
-        if x_init is None:
-            noise = jax.vmap(lambda key: jr.normal(jr.fold_in(key, 0), shape))(keys)
-            x_init = self.sigma_max.astype(noise.dtype) * noise
+        x_init, _ = start(keys, self.sigma_max, x_init, shape)
         frame = chart(model, self.sigma_min, self.sigma_max, None, x_init.dtype)
         ends = (frame.angle(frame.sigma_max), frame.angle(frame.sigma_min))
 
@@ -231,9 +229,6 @@ class Teleported(AbstractSampler):
         shape: tuple[int, ...],
     ) -> Draws:
         """Draw one example per key; see `AbstractSampler.draw`. `x_init` is meant at `sigma_max`."""
-        start_keys, inner_keys = (jax.vmap(lambda key, i=i: jr.fold_in(key, i))(keys) for i in (0, 1))
-        if x_init is None:
-            noise = jax.vmap(lambda key: jr.normal(key, shape))(start_keys)
-            x_init = self.sigma_max.astype(noise.dtype) * noise
+        x_init, inner_keys = start(keys, self.sigma_max, x_init, shape)
         ported = jax.vmap(lambda x: teleport(self.gaussian, x, self.sigma_max, self.sigma_skip))(x_init)
         return self.sampler.draw(model, inner_keys, cond=cond, x_init=ported, shape=shape)

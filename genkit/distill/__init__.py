@@ -33,7 +33,7 @@ from ._losses import (
     dmd as dmd,
     vsd as vsd,
 )
-from ._model import Distillation as Distillation, Guided as Guided, Positives as Positives
+from ._model import Distillation as Distillation, Positives as Positives
 from ._monitors import divergence_from_scores as divergence_from_scores, mode_coverage as mode_coverage
 from ._objectives import (
     CriticObjective as CriticObjective,

@@ -13,10 +13,10 @@ from jaxtyping import Array, ArrayLike, Float, Inexact, Key, PyTree
 from genkit._core import Denoiser, Objective, Phase, Recipe, fit, model_updates
 from genkit._core._checks import check, check_choice, check_count, check_interval, check_positive, describe
 from genkit._core._fields import FROZEN, as_number
+from genkit.guidance import Guided
 
 from ._distill import Conditions, Distilled
 from ._losses import frozen
-from ._model import Guided
 from ._objectives import cosine_adam
 from ._ratios import spread
 
@@ -266,7 +266,7 @@ def consistency(
         can = hasattr(teacher, "sample")
         check(can, "data", "given, because the teacher has no `sample`", "None", "Pass `gk.data.Batches(x, n)`.")
         data = TeacherData(teacher, Conditions(cond, batch_size))
-    followed = teacher if guidance is None else Guided(teacher, guidance)
+    followed = teacher if guidance is None else Guided(teacher, guidance, forget=True)
     model = Pair(student, None if target_decay is None else student, followed)
     _check_boundary(student, data, float(grid[-1]))
     decay = None if target_decay is None else as_number(target_decay)

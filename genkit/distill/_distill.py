@@ -15,9 +15,10 @@ from jaxtyping import Array, Key, PyTree
 from genkit._core import Fitted, Recipe, fit
 from genkit._core._checks import check, check_count, describe
 from genkit.divergence import FDivergence, ReverseKL
+from genkit.guidance import Guided
 
 from ._losses import AbstractLoss, FDistill
-from ._model import Distillation, Guided, has_density
+from ._model import Distillation, has_density
 from ._objectives import cosine_adam, cycle
 from ._ratios import AbstractRatio, DiscriminatorRatio, EmpiricalRatio, ExactRatio, NoRatio
 
@@ -306,7 +307,7 @@ def start(
     check(callable(teacher), "teacher", "a denoiser (x, sigma, cond=None) -> x0", describe(teacher))
     check(callable(student), "student", "a generator (z, cond=None) -> x", describe(student))
     if guidance is not None:
-        Guided(teacher, guidance)  # refuses what is no guidance
+        Guided(teacher, guidance, forget=True)  # refuses what changes no single prediction
     needs_own, needs_critic = loss.needs()
     net = None
     for part in getattr(loss, "parts", (loss,)):

@@ -354,5 +354,5 @@ def density_of(law: Any, sigma: Array) -> Array | None:
         return None
     try:
         return jnp.exp(law.log_prob(sigma))
-    except NotImplementedError:
+    except NotImplementedError:  # numpyro laws that can only be drawn from
         return None

@@ -7,98 +7,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, ArrayLike, Float, Inexact, Key, PyTree
+from jaxtyping import Array, Float, Key, PyTree
 
-from genkit._core import Context, Denoiser, Guidance
-from genkit._core._checks import check, describe
+from genkit._core import Context
+from genkit._core._checks import check
 from genkit._core._fields import FROZEN
-from genkit._core._runner import Runner
-from genkit.guidance import Linear
-
-
-class Guided(Denoiser):
-    """A denoiser under a guidance, as a denoiser again: what a guided teacher predicts at one noise level.
-
-    A guidance with a carry (momentum, latches) is evaluated afresh each time, as in its first step.
-
-    Args:
-        denoiser: the denoiser.
-        guidance: any `gk.Guidance`.
-
-    Raises:
-        TypeError: for a step transform or a population, which act on whole draws and not on one prediction.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> import genkit as gk
-        >>> law = gk.diffusion.MixtureDenoiser(jnp.ones(2), jnp.array([[-1.0], [1.0]]), 0.1, labels=jnp.array([0, 1]))
-        >>> guided = gk.distill.Guided(law, gk.guidance.cfg(2.0))
-        >>> bool(guided(jnp.zeros(1), 1.0, 1) > law(jnp.zeros(1), 1.0, 1))
-        True
-    """
-
-    denoiser: Callable
-    guidance: Guidance
-
-    def __check_init__(self):
-        if not isinstance(self.guidance, Guidance):
-            raise TypeError(
-                "`guidance` must be a genkit `Guidance`, such as `gk.guidance.cfg(2.0)`, which changes one prediction; "
-                f"got {describe(self.guidance)}."
-            )
-
-    @property
-    def shape(self) -> tuple[int, ...] | None:
-        """Shape of one example, where the denoiser knows it."""
-        return getattr(self.denoiser, "shape", None)
-
-    @property
-    def num_labels(self) -> int | None:
-        """Number of classes, where the denoiser knows it."""
-        return getattr(self.denoiser, "num_labels", None)
-
-    def __call__(
-        self, x: Inexact[ArrayLike, " *shape"], sigma: Float[ArrayLike, ""], cond: Any = None
-    ) -> Inexact[Array, " *shape"]:
-        """The guided prediction; see `Denoiser`."""
-        ctx = _place(jnp.asarray(x), sigma, cond)
-        carry = jax.vmap(self.guidance.init)(ctx.x)
-        return Runner(self.denoiser, self.guidance, "dynamic", False)(ctx, carry)[0][0]
-
-    def log_density(
-        self, x: Inexact[ArrayLike, " *shape"], sigma: Float[ArrayLike, ""], cond: Any = None
-    ) -> Float[Array, ""]:
-        r"""Log-density, up to a constant of the noise level, of the law whose score the guided prediction is.
-
-        Known for weighted sums of the predictions of analytic denoisers, such as classifier-free guidance: the same sum
-        of log-densities, $w \log p(x \mid c) + (1 - w) \log p(x)$.
-
-        Args:
-            x: noisy example.
-            sigma: noise level.
-            cond: condition.
-
-        Returns:
-            The log-density, a scalar, not normalized.
-
-        Raises:
-            ValueError: for another guidance.
-        """
-        guidance = self.guidance
-        if not has_density(guidance):
-            raise ValueError(
-                "`guidance` must be None or a weighted sum of predictions, such as `gk.guidance.cfg(scale)`, for a "
-                f"ratio in closed form; got {type(guidance).__name__}. Use DiscriminatorRatio(net) with `positives`."
-            )
-        x = jnp.asarray(x)
-        weights = [weight(_place(x, sigma, cond)).astype(x.dtype) for weight in guidance.weights]
-        shares = [1 - sum(weights, jnp.zeros((), x.dtype)), *weights]
-        densities = []
-        for slot in guidance.predictions:
-            law: Any = self.denoiser if slot.net is None else slot.net
-            given = {"given": cond, "null": None}[slot.cond] if isinstance(slot.cond, str) else slot.cond
-            densities.append(law.log_density(x, sigma, given))
-        return sum((share * value for share, value in zip(shares, densities, strict=True)), jnp.zeros((), x.dtype))
+from genkit.guidance import Guided, Linear
 
 
 def has_density(guidance: Any) -> TypeGuard[Linear]:
@@ -107,11 +21,34 @@ def has_density(guidance: Any) -> TypeGuard[Linear]:
     return isinstance(guidance, Linear) and all(plain(slot) for slot in guidance.predictions)
 
 
-def _place(x: Array, sigma: ArrayLike, cond: Any) -> Context:
-    """One example at one noise level as a batch of one, in the first of one step."""
-    sigma, zero = jnp.asarray(sigma, x.dtype), jnp.zeros((), jnp.int32)
-    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], cond)
-    return Context(x[None], sigma, sigma, 0 * sigma, zero, zero + 1, jnp.asarray(False), batch, jr.split(jr.key(0), 1))
+def log_density(target: Any, x: Array, sigma: Array, cond: Any) -> Float[Array, ""]:
+    r"""Log-density of the law whose score a teacher's prediction is; under a guidance, up to a constant of the level.
+
+    A weighted sum of the predictions of analytic denoisers is the score of the same sum of log-densities: for
+    classifier-free guidance $w \log p(x \mid c) + (1 - w) \log p(x)$.
+
+    Args:
+        target: an analytic denoiser, or one under a guidance that `has_density`.
+        x: noisy example.
+        sigma: noise level.
+        cond: condition.
+
+    Returns:
+        A scalar, under a guidance not normalized.
+    """
+    if not isinstance(target, Guided):
+        return target.log_density(x, sigma, cond)
+    guidance: Any = target.guidance
+    zero = jnp.zeros((), jnp.int32)
+    # What such weights may look at is the noise level: `Guided` refuses those that need a grid.
+    ctx = Context(x, sigma, sigma, sigma, zero, zero + 1, jnp.asarray(False), cond, jr.key(0))
+    weights = [weight(ctx).astype(x.dtype) for weight in guidance.weights]
+    total = jnp.zeros((), x.dtype)
+    for slot, share in zip(guidance.predictions, [1 - sum(weights, total), *weights], strict=True):
+        law: Any = target.model if slot.net is None else slot.net
+        given = {"given": cond, "null": None}[slot.cond] if isinstance(slot.cond, str) else slot.cond
+        total = total + share * law.log_density(x, sigma, given)
+    return total
 
 
 class Distillation(eqx.Module):
@@ -169,7 +106,7 @@ class Distillation(eqx.Module):
     @property
     def target(self) -> Callable:
         """The denoiser to be matched: the teacher under its guidance."""
-        return self.teacher if self.guidance is None else Guided(self.teacher, self.guidance)
+        return self.teacher if self.guidance is None else Guided(self.teacher, self.guidance, forget=True)
 
     @property
     def own(self) -> Callable:

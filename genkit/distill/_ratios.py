@@ -1,7 +1,7 @@
 """Log-ratios of teacher and student, each with the difference of scores that belongs to it."""
 
 import abc
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -13,7 +13,7 @@ from jaxtyping import Array, ArrayLike, Float, Key
 from genkit._core._checks import check, check_count, check_positive
 from genkit._core._fields import as_number
 
-from ._model import Distillation
+from ._model import Distillation, log_density
 
 
 class Noised(NamedTuple):
@@ -50,18 +50,21 @@ def denoised(denoiser: Any, batch: Noised) -> Array:
     return jax.vmap(lambda x, s, c: denoiser(x, s, c))(batch.x_t, batch.sigma, batch.cond)
 
 
+def score_gap(target: Any, own: Array, batch: Noised) -> Array:
+    """The score of p minus that of q, from the target and from the student's denoised batch."""
+    return (denoised(target, batch) - own) / spread(batch.sigma, own) ** 2
+
+
 class AbstractRatio(eqx.Module):
-    """The log-ratio of (guided) teacher and student at noisy draws of the student."""
+    """The log-ratio of (guided) teacher and student at noisy draws of the student.
 
-    @property
-    @abc.abstractmethod
-    def exact(self) -> bool:
-        """Whether ratios need no normalization to $E_q[p/q] = 1$."""
+    Args:
+        exact: whether the ratio needs no normalization.
+        needs_own: whether a denoiser of the student's law is needed.
+    """
 
-    @property
-    @abc.abstractmethod
-    def needs_own(self) -> bool:
-        """Whether a denoiser of the student's law is needed."""
+    exact: eqx.AbstractClassVar[bool]
+    needs_own: eqx.AbstractClassVar[bool]
 
     @abc.abstractmethod
     def __call__(self, model: Distillation, batch: Noised, *, key: Key[Array, ""]) -> Gap:
@@ -88,15 +91,8 @@ class ExactRatio(AbstractRatio):
         True
     """
 
-    @property
-    def exact(self) -> bool:
-        """True."""
-        return True
-
-    @property
-    def needs_own(self) -> bool:
-        """False: densities are enough."""
-        return False
+    exact: ClassVar[bool] = True
+    needs_own: ClassVar[bool] = False  # densities are enough
 
     def __call__(self, model: Distillation, batch: Noised, *, key: Key[Array, ""]) -> Gap:
         """See `AbstractRatio`; the score difference is the gradient of the ratio."""
@@ -104,7 +100,7 @@ class ExactRatio(AbstractRatio):
         own = model.student.denoiser()
 
         def one(x, sigma, cond):
-            return target.log_density(x, sigma, cond) - own.log_density(x, sigma)
+            return log_density(target, x, sigma, cond) - own.log_density(x, sigma)
 
         return Gap(*jax.vmap(jax.value_and_grad(one))(batch.x_t, batch.sigma, batch.cond))
 
@@ -128,15 +124,8 @@ class EmpiricalRatio(AbstractRatio):
     def __check_init__(self):
         check_count("num_samples", self.num_samples, 2)
 
-    @property
-    def exact(self) -> bool:
-        """True: only sampling noise remains."""
-        return True
-
-    @property
-    def needs_own(self) -> bool:
-        """False: draws are enough."""
-        return False
+    exact: ClassVar[bool] = True  # only sampling noise remains
+    needs_own: ClassVar[bool] = False  # draws are enough
 
     def __call__(self, model: Distillation, batch: Noised, *, key: Key[Array, ""]) -> Gap:
         """See `AbstractRatio`."""
@@ -151,8 +140,8 @@ class EmpiricalRatio(AbstractRatio):
         log_q = jax.nn.logsumexp(log_kernel, axis=1) - np.log(self.num_samples)
         own = (jax.nn.softmax(log_kernel, axis=1) @ draws).reshape(batch.x_t.shape)
         target: Any = model.target
-        log_p = jax.vmap(lambda x, s, c: target.log_density(x, s, c))(batch.x_t, batch.sigma, batch.cond)
-        gap = (denoised(target, batch) - own) / spread(batch.sigma, own) ** 2
+        log_p = jax.vmap(lambda x, s, c: log_density(target, x, s, c))(batch.x_t, batch.sigma, batch.cond)
+        gap = score_gap(target, own, batch)
         return Gap(log_p - log_q, gap)
 
 
@@ -183,21 +172,14 @@ class DiscriminatorRatio(AbstractRatio):
     def __check_init__(self):
         check(self.net is None or callable(self.net), "net", "a network (x, sigma, cond) -> log p/q", self.net)
 
-    @property
-    def exact(self) -> bool:
-        """False: ratios are normalized."""
-        return False
-
-    @property
-    def needs_own(self) -> bool:
-        """True."""
-        return True
+    exact: ClassVar[bool] = False  # ratios are normalized
+    needs_own: ClassVar[bool] = True
 
     def __call__(self, model: Distillation, batch: Noised, *, key: Key[Array, ""]) -> Gap:
         """See `AbstractRatio`."""
         u = jax.vmap(lambda x, s, c: model.discriminator(x, s, c))(batch.x_t, batch.sigma, batch.cond)
         own = denoised(model.own, batch)
-        gap = (denoised(model.target, batch) - own) / spread(batch.sigma, own) ** 2
+        gap = score_gap(model.target, own, batch)
         return Gap(u, gap, own)
 
 
@@ -229,15 +211,8 @@ class ScoreRatio(AbstractRatio):
         check_positive("sigma_max", self.sigma_max)
         check_count("num_nodes", self.num_nodes, 2)
 
-    @property
-    def exact(self) -> bool:
-        """False: ratios are normalized."""
-        return False
-
-    @property
-    def needs_own(self) -> bool:
-        """True."""
-        return True
+    exact: ClassVar[bool] = False  # ratios are normalized
+    needs_own: ClassVar[bool] = True
 
     def log_ratio(
         self, p: Any, q: Any, x: Array, sigma: Float[ArrayLike, ""], cond: Any = None, *, key: Any = None
@@ -283,7 +258,7 @@ class ScoreRatio(AbstractRatio):
         one = lambda x, s, c, k: self.log_ratio(p, q, x, s, c, key=k)
         u = jax.vmap(one)(batch.x_t, batch.sigma, batch.cond, keys)
         own = denoised(q, batch)
-        return Gap(u, (denoised(p, batch) - own) / spread(batch.sigma, own) ** 2, own)
+        return Gap(u, score_gap(p, own, batch), own)
 
 
 class NoRatio(AbstractRatio):
@@ -295,18 +270,11 @@ class NoRatio(AbstractRatio):
         True
     """
 
-    @property
-    def exact(self) -> bool:
-        """True: there is nothing to normalize."""
-        return True
-
-    @property
-    def needs_own(self) -> bool:
-        """True."""
-        return True
+    exact: ClassVar[bool] = True  # there is nothing to normalize
+    needs_own: ClassVar[bool] = True
 
     def __call__(self, model: Distillation, batch: Noised, *, key: Key[Array, ""]) -> Gap:
         """See `AbstractRatio`; the log-ratios are zeros."""
         own = denoised(model.own, batch)
-        gap = (denoised(model.target, batch) - own) / spread(batch.sigma, own) ** 2
+        gap = score_gap(model.target, own, batch)
         return Gap(jnp.zeros_like(batch.sigma), gap, own)

@@ -1,5 +1,6 @@
 """The fit of LinearAG: ridge regression, step by step, on draws that already use what was fitted."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -89,7 +90,8 @@ def fit_linear_ag(
 
     def draw(fitted: np.ndarray, coefficients: np.ndarray) -> dict[str, np.ndarray]:
         recorder = LinearAG(guidance, jnp.asarray(coefficients), jnp.asarray(fitted), jnp.asarray(stop), None, True)
-        run = Sampler(table, recorder, plan=base.plan if base.plan != "static" else "dynamic", fuse=base.fuse)
+        plan = base.plan if base.plan != "static" else "dynamic"
+        run = dataclasses.replace(base, guidance=recorder, plan=plan, patterns=None)
         draws = sample(
             run, denoiser, num_samples, key=key, cond=cond, x_init=x_init, shape=shape, batch_size=batch_size
         )

@@ -1,5 +1,6 @@
 """Search for a policy: which scale in which step, within a budget of evaluations."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -135,7 +136,7 @@ class _Search(eqx.Module):
 
     def draw(self, scales: Array, keys: Array) -> Array:
         """Draws under a table of scales."""
-        guided = Sampler(self.sampler.table, cfg(scales), plan=self.sampler.plan, fuse=self.sampler.fuse)
+        guided = dataclasses.replace(self.sampler, guidance=cfg(scales), patterns=None)
         return guided.draw(self.denoiser, keys, cond=self.cond, x_init=None, shape=self.shape).value
 
 

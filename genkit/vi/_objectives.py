@@ -127,7 +127,7 @@ def _kl(q_law: Any, p_law: Any) -> Any:
     """The closed-form KL of two laws, or None."""
     try:
         return kl_divergence(unmask(q_law), unmask(p_law))
-    except NotImplementedError:
+    except NotImplementedError:  # what numpyro raises where it has no closed form; the caller draws instead
         return None
 
 

@@ -93,8 +93,6 @@ def batched(maker, gradient, batch):
 @pytest.mark.parametrize("batch", [32, 256, 1024])
 @pytest.mark.parametrize("kind", ["scalar", "network"])
 def test_against_a_scan_and_diffrax(kind, batch, steps, gradient):
-    if kind == "network" and batch == 1024 and steps == 1000 and gradient:
-        pytest.skip("minutes of network evaluations alone")
     drift = as_drift(kind)
     makers = {
         "ours K=0": lambda x0: ours(drift, gn.brownian(), 0.5, steps, x0),

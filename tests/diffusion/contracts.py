@@ -147,7 +147,7 @@ CASES += [
     Case("Replacement", lambda: d.Replacement(np.array([1.0, 0.0]), np.ones(2))),
     Case("DDRM", lambda: d.DDRM(d.karras(2, 0.1, 5.0), np.eye(2)[:1], np.ones(1), 0.3), sampled, eager=False, **FIXED),
     Case("PredictorCorrector", lambda: d.predictor_corrector(d.karras(2, 0.1, 5.0)), sampled, eager=False, **FIXED),
-    Case("BrownianNoise", lambda: d.BrownianNoise(short(), 0.1, 5.0)),
+    Case("BrownianNoise", lambda: d.BrownianNoise(0.1, 5.0)),
     Case("Measurement", measured("mmps"), denoise, rtol=1e-4, eager=False),
     Case("Measurement, dps", measured("dps"), denoise, rtol=1e-4, eager=False),
     Case("IndependentCoupling", d.IndependentCoupling, couple, eager=False, **FIXED),

@@ -219,7 +219,7 @@ def test_one_brownian_path_for_every_step_count():
 
     def draws(steps, brownian):
         table = gd.ancestral(gd.log_uniform(steps + 1, 0.05, 10.0, None))
-        sampler = gd.BrownianNoise(table, 0.05, 10.0) if brownian else table
+        sampler = gk.Sampler(table, noise=gd.BrownianNoise(0.05, 10.0)) if brownian else table
         return gk.sample(sampler, law, 64, key=jr.key(0), x_init=x_init).value
 
     apart = lambda brownian: float(jnp.sqrt(jnp.mean((draws(64, brownian) - draws(128, brownian)) ** 2)))
@@ -233,10 +233,22 @@ def test_the_noise_of_a_brownian_path_has_the_law_of_the_table():
     table = gd.sa(gd.karras(8, 0.05, 10.0, final=None), 2)
     x_init = jnp.zeros((3000, 2))
     x_init = 10 * jr.normal(jr.key(1), x_init.shape)
-    draws = gk.sample(gd.BrownianNoise(table, 0.05, 10.0), law, 3000, key=jr.key(0), x_init=x_init).value
+    draws = gk.sample(
+        gk.Sampler(table, noise=gd.BrownianNoise(0.05, 10.0)), law, 3000, key=jr.key(0), x_init=x_init
+    ).value
     exact = gd.exact_error(table, law, start="white")
     assert_variance(draws, exact.variance, gaussian=True)
     assert_mean(draws, 0.0, sd=np.sqrt(exact.variance))
+
+
+@pytest.mark.key_reuse  # as above
+def test_noise_stays_when_guidance_is_given_in_the_call():
+    law = gd.MixtureDenoiser(jnp.ones(2), jnp.array([[-1.0], [1.0]]), jnp.array(0.1), labels=jnp.array([0, 1]))
+    table, noise, guidance = gd.ancestral(gd.karras(5, 0.05, 10.0)), gd.BrownianNoise(0.05, 10.0), gk.guidance.cfg(2.0)
+    run = lambda sampler, **given: gk.sample(sampler, law, 4, cond=1, key=jr.key(0), **given).value
+    inside = run(gk.Sampler(table, guidance, noise=noise))
+    np.testing.assert_array_equal(run(gk.Sampler(table, noise=noise), guidance=guidance), inside)
+    assert float(jnp.abs(run(table, guidance=guidance) - inside).max()) > 0.01
 
 
 @pytest.mark.parametrize(
@@ -257,8 +269,11 @@ def test_the_noise_of_a_brownian_path_has_the_law_of_the_table():
         (lambda: gd.PowerEMA.start(jnp.zeros(1), (0.1, 0.1)), "widths"),
         (lambda: gd.predictor_corrector(gd.karras(4, 0.1, 1.0), snr=0.0), "snr"),
         (lambda: gd.predictor_corrector(gd.karras(4, 0.1, 1.0), norm="max"), "norm"),
-        (lambda: gd.BrownianNoise(gd.heun(gd.karras(4, 0.1, 1.0), (1.0, 0.0, 9.0, 1.0)), 0.1, 1.0), "table"),
-        (lambda: gd.BrownianNoise(gd.ancestral(gd.karras(4, 0.1, 1.0)), 1.0, 0.1), "sigma_min"),
+        (
+            lambda: gk.Sampler(gd.heun(gd.karras(4, 0.1, 1.0), (1.0, 0.0, 9.0, 1.0)), noise=gd.BrownianNoise(0.1, 1.0)),
+            "table",
+        ),
+        (lambda: gd.BrownianNoise(1.0, 0.1), "sigma_min"),
     ],
 )
 def test_wrong_input(make, says):

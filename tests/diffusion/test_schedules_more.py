@@ -214,12 +214,11 @@ def test_kinetic_path_from_data_and_from_a_denoiser():
     tangent = lambda psi: 2 * np.tan(psi) ** 2
     speed = lambda psi: np.sqrt(1 - tangent(psi) / (4 + tangent(psi)) / np.sin(psi) ** 2)
     whole = quad(speed, 1e-6, 0.5 * np.pi - 1e-6)[0]
-    # At much noise the speed is the root of a small difference: 2 % of the error, its sampling, lift it by 0.14 there.
+    # Over keys of the noise both angles spread by 1.6 %; five of these deviations are allowed.
     assert float(schedule.angle.y[-1]) == pytest.approx(whole, rel=0.08)
     # Two far points: the empirical law spreads over no dimension, so the data end is straight.
     points = gd.KineticOptimal.from_data(jnp.array([[1.0], [-1.0]]))
-    # The exact energy is 0.459; a thousand noises of one dimension leave a fifth of the angle uncertain.
-    assert 0.8 * 0.69126 < float(points.angle.y[-1]) < 1.2 * 0.69126
+    assert float(points.angle.y[-1]) == pytest.approx(0.69126, rel=0.08)
     assert float(points.angle.slopes[0]) > 0.95
 
 

@@ -93,7 +93,6 @@ def logit(value):
 NOISE = dist.Uniform(0.3, 2.0)
 JS = gk.divergence.JensenShannon
 CASES = [
-    Case("Guided", lambda: d.Guided(law(), gk.guidance.cfg(1.5)), denoise, rtol=1e-4),
     Case("Distillation", model),
     Case("Positives", lambda: d.Positives(jnp.zeros((4, 1)), jnp.arange(4))),
     Case("Distilled", lambda: d.Distilled(gauss(), gauss(), {})),

@@ -10,6 +10,7 @@ import pytest
 from distill.helpers import mixture, student
 
 import genkit as gk
+from genkit.distill._model import log_density
 
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -82,11 +83,11 @@ def test_score_ratio_needs_no_density():
 
 def test_guided_teacher_is_the_law_of_its_ratio():
     law = mixture("A", labels=LABELS)
-    guided = gk.distill.Guided(law, gk.guidance.cfg(1.7))
+    guided = gk.guidance.Guided(law, gk.guidance.cfg(1.7))
 
     @jax.jit
     def facts(x):
-        score = jax.grad(lambda y: guided.log_density(y, 0.5, 1))(x)
+        score = jax.grad(lambda y: log_density(guided, y, jnp.asarray(0.5), 1))(x)
         by_hand = law(x, 0.5) + 1.7 * (law(x, 0.5, 1) - law(x, 0.5))
         return guided(x, 0.5, 1), by_hand, x + 0.25 * score
 
@@ -106,7 +107,7 @@ def test_guided_distillation_finds_the_guided_law():
         noise_law=dist.Delta(0.0), guidance=guidance, num_steps=400, batch_size=512, ema=0.98, key=jr.key(0),
     )  # fmt: skip
     x = np.linspace(-8, 8, 4001)
-    log_p = jax.vmap(lambda y: gk.distill.Guided(law, guidance).log_density(y[None], 0.0, 1))(x)
+    log_p = jax.vmap(lambda y: log_density(gk.guidance.Guided(law, guidance), y[None], jnp.asarray(0.0), 1))(x)
     p = np.exp(np.asarray(log_p - log_p.max()))
     p /= p.sum()
     mean = (p * x).sum()

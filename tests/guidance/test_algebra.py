@@ -356,3 +356,21 @@ def test_guided_denoisers():
     with pytest.raises(ValueError, match="condition to guide towards"):
         guided(x[0], 0.8)
     assert isinstance(guided, gk.Denoiser)
+
+
+def test_guided_denoisers_may_forget_but_need_no_grid():
+    _, c, u, _ = parts()
+    x, cond = states()
+    guided = gg.Guided(mixture(), gg.apg(3.0, momentum=-0.5, eta=1.0), forget=True)
+    value = jax.jit(jax.vmap(lambda y, k: guided(y, 0.8, k)))(x, cond)
+    close(value, c + 2 * (c - u))  # the first step, in which there is nothing to remember
+    with pytest.raises(ValueError, match="noise level alone"):
+        gg.Guided(mixture(), gg.cfgpp(0.6), forget=True)
+
+
+def test_guided_denoisers_have_a_flow_but_no_likelihood():
+    guided = gg.Guided(mixture(), gg.cfg(2.0))
+    with pytest.raises(ValueError, match="score of no noisy data law"):
+        gk.diffusion.log_prob(guided, jnp.zeros(3), sigma_min=0.1, sigma_max=10.0, cond=1)
+    draws = gk.sample(gk.diffusion.probability_flow(0.1, 10.0), guided, 2, cond=1, key=jax.random.key(0))
+    assert bool(draws.info["ok"].all())

@@ -68,26 +68,28 @@ def test_published_lift_has_its_published_error():
 
 
 @pytest.mark.parametrize(
-    ("name", "step", "substeps", "bound"),
+    ("name", "step", "substeps", "bound", "hursts"),
     [
-        ("a", "path_mean", 1, 1e-5),
-        ("c", "exact", 1, 1e-5),
-        pytest.param("c", "path_mean", 4, 0.07, marks=pytest.mark.long),
-        pytest.param("c", "exponential", 4, 0.05, marks=pytest.mark.slow),
+        ("a", "path_mean", 1, 1e-5, HURSTS),
+        ("c", "exact", 1, 1e-5, HURSTS),
+        pytest.param("c", "path_mean", 4, 0.07, [h for h in HURSTS if h != 0.1], marks=pytest.mark.long),
+        # A known miss: .075. A lift that lacked variance there (by .8 nats of evidence) was .065 off.
+        pytest.param(
+            "c", "path_mean", 4, 0.07, [0.1], marks=[pytest.mark.long, pytest.mark.xfail(strict=True, reason=".075")]
+        ),
+        pytest.param("c", "exponential", 4, 0.05, HURSTS, marks=pytest.mark.slow),
     ],
 )
-def test_linear_guide_attains_the_evidence(name, step, substeps, bound):
+def test_linear_guide_attains_the_evidence(name, step, substeps, bound, hursts):
     observed = series(name)[0]
-    for hurst in HURSTS:
+    for hurst in hursts:
         sde = model(name, hurst, step)
         guide = gs.LinearGuide(sde, observed, steps_per_interval=substeps)
         kwargs = {"num_particles": 16, "steps_per_interval": substeps, "key": jax.random.key(1)}
         draws = gs.log_weights(sde, guide, observed, **kwargs)
         assert float(draws.std()) < 1e-9  # every draw weighs the evidence of the discretised model
         np.testing.assert_allclose(draws[0], guide.log_evidence, atol=1e-9)
-        # At H = .1 the path-mean step is .075 off: a lift that lacks variance there (by .8 nats) was .065 off.
-        allowed = 0.08 if (step, hurst) == ("path_mean", 0.1) and substeps > 1 else bound
-        assert abs(float(draws.mean()) - float(gs.kalman(sde, observed))) < allowed
+        assert abs(float(draws.mean()) - float(gs.kalman(sde, observed))) < bound
 
 
 def test_closed_form_divergence_has_the_same_mean():
