@@ -313,7 +313,7 @@ def mixture_pair(
 
 # Compiled whole: called one operation at a time these two take seconds, nearly all of it compiling.
 @eqx.filter_jit
-def _assemble(source: Any, target: Any, epsilon: Array) -> MixturePair:
+def _assemble(source: tuple[Array, Array, Array], target: tuple[Array, Array, Array], epsilon: Array) -> MixturePair:
     """The pair of two checked mixtures."""
     forward, backward = _potential(*target, epsilon), _potential(*source, epsilon)
     log_z = jax.nn.logsumexp(_product(source, target, epsilon, 0.0)[0])
