@@ -18,8 +18,9 @@ class Denoiser(eqx.Module):
     but a name to check against.
 
     Optional attributes that the drivers use where present: `shape`, the shape of one example (then no shape is needed
-    for drawing); `num_labels`, the number of classes (then labels out of range are refused); and a method
-    `log_density(x, sigma, cond=None)`.
+    for drawing); `num_labels`, the number of classes (then labels out of range are refused); `noise_range`, the
+    least and the largest noise level it knows (then samplers that ask for others are refused; `None` for no limits); and
+    a method `log_density(x, sigma, cond=None)`.
 
     Example:
         >>> import jax.numpy as jnp

@@ -81,6 +81,11 @@ class Guided(Denoiser):
         """Number of classes, where the model knows it."""
         return getattr(self.model, "num_labels", None)
 
+    @property
+    def noise_range(self) -> tuple[float, float] | None:
+        """Least and largest noise level that the model knows, where it has limits."""
+        return getattr(self.model, "noise_range", None)
+
     def __call__(
         self, x: Inexact[ArrayLike, " *shape"], sigma: Float[ArrayLike, ""], cond: Any = None
     ) -> Inexact[Array, " *shape"]:

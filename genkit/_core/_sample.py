@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ._checks import NonFiniteError, check, check_count, check_finite, check_key, describe, is_concrete
 from ._draws import Draws
 from ._guidance_checks import check_guidance
+from ._levels import check_levels
 from ._sampler import AbstractSampler, Sampler, as_sampler, at_steps
 
 
@@ -57,7 +58,8 @@ def sample(
 
     Raises:
         TypeError: for a legacy key, or arguments of another kind.
-        ValueError: for shapes that do not fit, labels out of range, a missing condition, guidance given twice.
+        ValueError: for shapes that do not fit, labels out of range, a missing condition, guidance given twice, noise
+            levels outside the range of the denoiser.
         NonFiniteError: if a draw (or `x_init`) holds NaN or infinity; names the draw and the noise level where it
             arose, and keeps all draws of its batch in `error.draws`.
 
@@ -78,6 +80,7 @@ def sample(
             f"`denoiser` must be a callable (x, sigma, cond=None) -> x0; got {describe(denoiser)}. "
             "A trained model is in `fitted.ema` or `fitted.model`."
         )
+    check_levels(sampler, denoiser)
     block = getattr(sampler, "block_size", 1)
     size = _batch_size(num_samples, batch_size, block)
     x_init = _check_x_init(x_init, num_samples)

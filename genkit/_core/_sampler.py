@@ -9,12 +9,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Inexact, Key
+from jaxtyping import Array, ArrayLike, Float, Inexact, Key
 
 from ._checks import check, check_choice, describe, is_concrete
 from ._draw import Draw
 from ._draws import Draws
 from ._guidance import Guidance, Hooks, collect_hooks
+from ._levels import evaluated
 from ._runner import PLANS, Runner, Unguided
 from ._runner_static import Patterns, static_patterns
 from ._table import Table
@@ -24,7 +25,8 @@ class AbstractSampler(eqx.Module):
     """Draws from a model; pure and un-jitted, so that it composes with `jit`, `vmap`, `grad` and `scan`.
 
     `genkit.sample` calls it in batches and compiles it. Samplers that take a guidance keep it in a field `guidance`,
-    `None` where there is none; samplers whose draws interact in blocks say so in an attribute `block_size`.
+    `None` where there is none; samplers whose draws interact in blocks say so in an attribute `block_size`; an
+    attribute `levels`, the noise levels at which the model is asked, lets `genkit.sample` compare them with its range.
     """
 
     @abc.abstractmethod
@@ -100,6 +102,11 @@ class Sampler(AbstractSampler):
         """Number of consecutive draws that interact: the particles of a population, else 1."""
         population = collect_hooks(self.guidance).population
         return 1 if population is None else population.num_particles
+
+    @property
+    def levels(self) -> Float[np.ndarray, " calls"] | None:
+        """The noise levels at which the model is asked; `None` where they are traced."""
+        return evaluated(self.table)
 
     def draw(
         self,

@@ -97,7 +97,7 @@ def solve(
         dt0=0.02 * (last - first),
         y0=start,
         saveat=diffrax.SaveAt(t1=True),
-        stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol),
+        stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol, norm=_larger),
         max_steps=max_steps,
         throw=False,
     )
@@ -105,6 +105,15 @@ def solve(
     ok = (solution.result == diffrax.RESULTS.successful) & jnp.all(jnp.isfinite(z))
     nfe = 1 + _PER_STEP * solution.stats["num_steps"]
     return Solution(z, extra, nfe.astype(jnp.int32), ok)
+
+
+def _larger(error: tuple[Array, Any]) -> Array:
+    """The larger of the errors of the state and of what is integrated beside it, each a root mean square.
+
+    One mean over both would let the single number that a density is drown among the coordinates of the state.
+    """
+    size = lambda leaf: jnp.sqrt(jnp.mean(jax.lax.stop_gradient(leaf) ** 2))
+    return jnp.maximum(*map(size, error))
 
 
 def check_plain(denoiser: Any) -> None:

@@ -127,6 +127,11 @@ class Measurement(Denoiser):
         return getattr(self.denoiser, "num_labels", None)
 
     @property
+    def noise_range(self) -> tuple[float, float] | None:
+        """Least and largest noise level that the denoiser knows, where it has limits."""
+        return getattr(self.denoiser, "noise_range", None)
+
+    @property
     def no_likelihood(self) -> str:
         """Why the probability flow of this denoiser has no meaning as a likelihood."""
         return (

@@ -151,7 +151,8 @@ class KineticOptimal(Schedule):
     def alpha(self, t: Real[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         """Scale of the data."""
         radius, psi = self._polar(t)
-        return radius * jnp.cos(psi)
+        # The right angle rounds to either side of itself; there is no data of negative scale at the end.
+        return radius * jnp.maximum(jnp.cos(psi), 0)
 
     def sigma(self, t: Real[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         """Standard deviation of the noise."""

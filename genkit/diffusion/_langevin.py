@@ -55,6 +55,11 @@ class PredictorCorrector(AbstractSampler):
         check_choice("norm", norm, _NORMS)
         self.snr, self.num_corrections, self.norm = as_number(snr), num_corrections, norm
 
+    @property
+    def levels(self) -> Float[Array, " levels"]:
+        """The noise levels at which the model is asked, and zero where the grid ends there."""
+        return self.grid
+
     def draw(
         self,
         model: Callable,

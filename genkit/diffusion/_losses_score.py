@@ -287,6 +287,11 @@ class WithUncertainty(Denoiser):
         return getattr(self.denoiser, "num_labels", None)
 
     @property
+    def noise_range(self) -> tuple[float, float] | None:
+        """Least and largest noise level that the denoiser knows, where it has limits."""
+        return getattr(self.denoiser, "noise_range", None)
+
+    @property
     def sigma_data(self) -> Float[Array, ""] | float:
         """Standard deviation of the data, as the denoiser says."""
         return getattr(self.denoiser, "sigma_data", 1.0)

@@ -4,11 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Inexact
 
 from genkit._core import Denoiser
-from genkit._core._checks import check, check_choice, check_positive, describe
+from genkit._core._checks import check, check_choice, check_positive, describe, is_concrete
 from genkit._core._fields import FROZEN, as_number
 
 from ._convert import PREDICTIONS, convert
@@ -72,6 +74,18 @@ class Preconditioned(Denoiser):
         """Number of classes, where the network is conditioned on labels."""
         return getattr(self.net, "num_labels", None)
 
+    @property
+    def noise_range(self) -> tuple[float, float] | None:
+        """Least and largest noise level of the schedule's times 0 to 1, all that the network has seen.
+
+        `None` for `"F"`, whose network is given the level itself, and for a traced schedule.
+        """
+        if self.prediction == "F" or not all(map(is_concrete, jax.tree.leaves(self.schedule))):
+            return None
+        with jax.ensure_compile_time_eval():
+            low, high = np.asarray(_ends(self.schedule)).tolist()
+        return low, high
+
     def __call__(
         self, x: Inexact[ArrayLike, " *shape"], sigma: Float[ArrayLike, ""], cond: Any = None
     ) -> Inexact[Array, " *shape"]:
@@ -103,3 +117,9 @@ class Preconditioned(Denoiser):
         if self.prediction == "velocity":
             rates = {"alpha_dot": self.schedule.alpha_dot(t), "sigma_dot": self.schedule.sigma_dot(t)}
         return convert(self.net(x_t, t, cond), self.prediction, "x0", x_t, alpha, alpha * sigma, **rates)
+
+
+@eqx.filter_jit
+def _ends(schedule: Schedule) -> Float[Array, " 2"]:
+    """The noise levels of both ends of a schedule, in one call."""
+    return schedule.noise_level(jnp.array([0.0, 1.0]))

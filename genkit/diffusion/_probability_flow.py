@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Inexact, Key
 
 from genkit._core import AbstractSampler
-from genkit._core._checks import check, check_positive, describe
+from genkit._core._checks import check, check_positive, describe, is_concrete
 from genkit._core._draws import Draws
 from genkit._core._fields import as_number
 from genkit._core._sampler import start
@@ -57,6 +57,12 @@ class ProbabilityFlow(AbstractSampler):
         self.sigma_min, self.sigma_max = as_number(sigma_min), as_number(sigma_max)
         self.rtol, self.atol = as_number(rtol), as_number(atol)
         self.max_steps = max_steps
+
+    @property
+    def levels(self) -> Float[np.ndarray, " 2"] | None:
+        """The ends of the noise levels at which the model is asked; `None` where they are traced."""
+        ends = (self.sigma_min, self.sigma_max)
+        return np.asarray(ends, np.float64) if all(map(is_concrete, ends)) else None
 
     def draw(
         self,
@@ -218,6 +224,11 @@ class Teleported(AbstractSampler):
     def block_size(self) -> int:
         """Number of consecutive draws that interact in the sampler."""
         return getattr(self.sampler, "block_size", 1)
+
+    @property
+    def levels(self) -> Any:
+        """The noise levels at which the model is asked: those of the sampler, for the Gaussian asks nothing."""
+        return getattr(self.sampler, "levels", None)
 
     def draw(
         self,

@@ -219,6 +219,11 @@ class DDRM(AbstractSampler):
         self.grid, self.basis, self.target, self.level = arrays
         self.eta, self.eta_b = as_number(eta), as_number(eta_b)
 
+    @property
+    def levels(self) -> Float[Array, " levels"]:
+        """The noise levels at which the model is asked."""
+        return self.grid[:-1]
+
     def draw(
         self,
         model: Callable,

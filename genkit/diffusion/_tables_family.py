@@ -212,13 +212,22 @@ def dpm_solver(grid: Float[ArrayLike, " levels"], order: int = 2, prediction: st
     for i, (s, t) in enumerate(itertools.pairwise(levels)):
         if t == 0:
             rows.append(_to_data(s, i, len(rows)))
-        elif prediction == "eps":
+        elif order == 3:
             rows += one_step(NoiseInLog(), s, t, i, order, len(rows))
         else:
-            now, middle = len(rows), float(np.sqrt(s * t))
-            rows.append(Row(s, s, t, i, d=decay(s, middle), e={now: 1 - middle / s}))
-            rows.append(Row(middle, s, t, i, corrector=True, a=decay(s, t), b={now + 1: 1 - t / s}))
+            rows += _midpoint(s, t, i, len(rows), in_noise=prediction == "eps")
     return Table.from_rows(rows, order=order)
+
+
+def _midpoint(s: float, t: float, step: int, first: int, in_noise: bool) -> list[Row]:
+    """Rows of one step by the prediction made halfway in the logarithm of the noise level, from row `first` on."""
+    middle = float(np.sqrt(s * t))
+    if in_noise:
+        (p, q), (p_half, q_half) = NoiseInLog().push(s), NoiseInLog().push(middle)
+        half = Row(s, s, t, step, p=p, q=q, e={first: middle - s})
+        return [half, Row(middle, s, t, step, corrector=True, p=p_half, q=q_half, b={first + 1: t - s})]
+    half = Row(s, s, t, step, d=decay(s, middle), e={first: 1 - middle / s})
+    return [half, Row(middle, s, t, step, corrector=True, a=decay(s, t), b={first + 1: 1 - t / s})]
 
 
 def one_step(family: Family, s: float, t: float, step: int, order: int, first: int) -> list[Row]:

@@ -4,16 +4,13 @@ Run with `pytest -o addopts="--import-mode=importlib" tests/benchmarks/test_samp
 suite's own options, whose run-time type checks would count as ours.
 """
 
-import time
-from collections.abc import Callable
-from typing import Any
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from timing import compare, timed
 
 import genkit as gk
 
@@ -68,27 +65,6 @@ def hand_dpmpp(net, key, num_samples, grid):
     x = grid[0] * start(net, key, num_samples)
     (x, _, _), _ = jax.lax.scan(step, (x, jnp.zeros_like(x), True), (grid[:-2], grid[1:-1], h, r))
     return jax.vmap(lambda y: net(y, grid[-2]))(x)
-
-
-def timed(fn: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    jax.block_until_ready(fn())
-    return time.perf_counter() - began
-
-
-def compare(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -> tuple[float, float, float]:
-    """Medians of interleaved runs and the median of their ratios, the order alternating, after two warm-ups."""
-    for _ in range(2):
-        timed(first), timed(second)
-    pairs = []
-    for i in range(repeats):
-        if i % 2:
-            b, a = timed(second), timed(first)
-        else:
-            a, b = timed(first), timed(second)
-        pairs.append((a, b))
-    a, b = np.array(pairs).T
-    return float(np.median(a)), float(np.median(b)), float(np.median(a / b))
 
 
 SAMPLERS = {"ddim": (gk.diffusion.ddim, hand_ddim), "dpmpp": (gk.diffusion.dpmpp, hand_dpmpp)}

@@ -34,7 +34,8 @@ def found_at(law, x, tolerance):
 
 
 def test_the_solver_error_falls_with_the_tolerance(x64):
-    # The ladder: worst of 64 points in nats, the terminal law exact.
+    # The ladder: worst of 64 points in nats, the terminal law exact; steps as many as the same solver needs in the time
+    # of a variance-preserving schedule, 6, 12, 27 and 63 on average, for errors that may not be larger than there.
     law = mixture()
     x = points(law)
     errors, evaluations = [], []
@@ -45,8 +46,8 @@ def test_the_solver_error_falls_with_the_tolerance(x64):
         np.testing.assert_array_equal(found.std_err, 0)
         errors.append(float(jnp.abs(found.value - exact).max()))
         evaluations.append(float(found.nfe.mean()))
-    assert np.all(np.array(errors) < [1e-1, 1.5e-4, 7e-7, 1.2e-8])
-    assert np.all(np.array(evaluations) < [40, 70, 150, 330])
+    assert np.all(np.array(errors) <= [1.9e-2, 6.4e-5, 6.6e-7, 1.0e-8])
+    assert np.all(np.array(evaluations) <= 1 + 6 * np.array([6, 12, 27, 63]))
 
 
 def test_the_three_errors_are_apart(x64):
@@ -252,6 +253,50 @@ def test_levels_that_a_model_knows_pass():
     gd.check_levels(gd.ddim(gd.karras(5, 0.01, 50.0)), networked())
     gd.check_levels(gd.karras(5, 0.001, 500.0), mixture())
     gd.check_levels(gd.karras(5, 0.001, 500.0), gd.Preconditioned(lambda x, t, cond: x, "F"))
+    for prediction in ("eps", "velocity"):
+        gd.check_levels(gd.karras(5, 1e-6, 1e6), gd.Preconditioned(lambda x, t, cond: x, prediction, 1.0, gd.CondOT()))
+    # The range is read while a program is traced too, where the schedule is none of its arguments; else it is unknown.
+    inside = jax.jit(lambda x: x + networked().noise_range[0])
+    assert float(inside(0.0)) == pytest.approx(0.01, rel=1e-5)
+    assert jax.jit(lambda denoiser: 1 if denoiser.noise_range is None else 0)(white_networked()) == 1
+
+
+def white_networked():
+    return gd.Preconditioned(jax.tree_util.Partial(lambda x, t, cond: x), "eps", schedule=gd.VE(0.01, 50.0))
+
+
+GRID = gd.karras(5, 0.02, 80.0)
+LAW = gd.GaussianDenoiser(jnp.zeros(2), jnp.ones(2))
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        lambda: gd.ddim(GRID),
+        lambda: gk.Sampler(gd.unipc(GRID)),
+        lambda: gd.predictor_corrector(GRID),
+        lambda: gd.probability_flow(0.02, 80.0),
+        lambda: gd.Teleported(gd.ddim(GRID), LAW, 100.0),
+        lambda: gd.DDRM(GRID, np.eye(2)[:1], np.ones(1), 0.3),
+    ],
+)
+def test_sampling_refuses_levels_outside_the_range_of_the_model(sampler):
+    given = gd.Measurement(networked(), np.eye(2)[:1], np.ones(1), 0.1)
+    for model in (networked(), given, gd.WithUncertainty(networked(), jnp.sin)):
+        with pytest.raises(ValueError, match="0.01 to 50 of the model's schedule; got level 80"):
+            gk.sample(sampler(), model, 2, key=jr.key(0), shape=(2,))
+
+
+def test_sampling_refuses_a_grid_of_another_schedule():
+    # The times of one schedule are levels that another one never reaches.
+    grid = gd.time_uniform(gd.VP(), 5, t_min=1e-3, t_max=1.0)
+    with pytest.raises(ValueError, match="got level 152"):
+        gk.sample(gd.ddim(grid), networked(), 2, key=jr.key(0), shape=(2,))
+    fitting = gd.time_uniform(gd.VE(0.01, 50.0), 5, t_min=0.0, t_max=1.0)
+    assert gk.sample(gd.ddim(fitting), networked(), 2, key=jr.key(0), shape=(2,)).value.shape == (2, 2)
+    # A teleported start above the range is no question to the model.
+    short = gd.Teleported(gd.ddim(gd.karras(5, 0.02, 40.0)), LAW, 100.0)
+    assert gk.sample(short, networked(), 2, key=jr.key(0), shape=(2,)).value.shape == (2, 2)
 
 
 class Mute(gk.Denoiser):

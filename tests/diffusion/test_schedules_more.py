@@ -54,6 +54,12 @@ def test_derived_quantities_and_inverse(name, x64):
     np.testing.assert_allclose(alpha_dot[smooth], (fall / 2e-6)[smooth], rtol=1e-5, atol=1e-9)
 
 
+def test_kinetic_paths_end_in_pure_noise():
+    for num_nodes in (16, 64, 257):
+        path = gd.KineticOptimal(np.zeros_like, num_nodes=num_nodes)
+        assert float(path.alpha(1.0)) == 0 and float(path.noise_level(1.0)) == np.inf
+
+
 @pytest.mark.parametrize("name", every())
 def test_ends_of_the_noise_range_in_single_precision(name):
     # Round trips at extreme levels: what a network is told must be the level that it denoises.

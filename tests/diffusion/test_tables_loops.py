@@ -61,6 +61,15 @@ def loop_dpm_solver_3(grid, x):
     return x
 
 
+def loop_dpm_solver_2(grid, x):
+    for s, t in itertools.pairwise(grid):
+        if t == 0:
+            return denoise(x, s)
+        h, m = np.log(s / t), np.sqrt(s * t)
+        x = x - t * np.expm1(h) * noise_of(x - m * np.expm1(h / 2) * noise_of(x, s), m)
+    return x
+
+
 def loop_dpmpp_2s(grid, x):
     for s, t in itertools.pairwise(grid):
         if t == 0:
@@ -180,6 +189,7 @@ PAIRS = {
     "deis 2": (lambda g: gd.deis(g, 2), lambda g: loop_multistep(g, START, 2, np.log)),
     "deis 3": (gd.deis, lambda g: loop_multistep(g, START, 3, np.log)),
     "deis, sigma": (lambda g: gd.deis(g, clock="sigma"), lambda g: loop_multistep(g, START, 3, lambda u: u)),
+    "dpm-solver 2": (gd.dpm_solver, lambda g: loop_dpm_solver_2(g, START)),
     "dpm-solver 3": (lambda g: gd.dpm_solver(g, 3), lambda g: loop_dpm_solver_3(g, START)),
     "dpm-solver++ 2S": (lambda g: gd.dpm_solver(g, 2, "x0"), lambda g: loop_dpmpp_2s(g, START)),
     "ipndm, uniform": (lambda g: gd.ipndm(g, uniform=True), lambda g: loop_ipndm(g, START)),
