@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from peers import k_diffusion_sampling
 from timing import compare, timed
 
 import genkit as gk
 
 
-pytestmark = pytest.mark.benchmark
+pytestmark = [pytest.mark.benchmark, pytest.mark.filterwarnings("ignore")]  # peers warn
 gd = gk.diffusion
 GRID = gd.karras(24, 0.02, 20.0)
 MAKERS = [gd.ddim, gd.ancestral, gd.dpmpp, gd.unipc, gd.deis, gd.lms, gd.sa, gd.rosenbrock]
@@ -153,7 +154,7 @@ def at_best(torch, fn, repeats=9):
 
 def test_likelihood_of_256_points_against_k_diffusion():
     torch = pytest.importorskip("torch")
-    sampling = pytest.importorskip("k_diffusion.sampling")
+    sampling = k_diffusion_sampling()
     law = mixture()
     x = law.sample(256, key=jr.key(0))
     weights, means, covs = (torch.tensor(np.asarray(leaf)) for leaf in (law.weights, law.means, law.covs))
@@ -201,7 +202,7 @@ class Net(eqx.Module):
 @pytest.mark.parametrize(("dim", "width", "batch"), [(2, 128, 64), (64, 256, 64), (64, 256, 1024)])
 def test_sampling_against_torch_peers(dim, width, batch):
     torch = pytest.importorskip("torch")
-    sampling = pytest.importorskip("k_diffusion.sampling")
+    sampling = k_diffusion_sampling()
     schedulers = pytest.importorskip("diffusers.schedulers")
     net, grid = Net(dim, width, key=jr.key(0)), gd.karras(50, 0.02, 20.0)
     leaves = [(torch.tensor(np.asarray(layer.weight)), torch.tensor(np.asarray(layer.bias))) for layer in net.layers]

@@ -15,11 +15,12 @@ import jax.random as jr
 import numpy as np
 import pytest
 from jaxtyping import Array
+from peers import k_diffusion_sampling
 
 import genkit as gk
 
 
-pytestmark = pytest.mark.benchmark
+pytestmark = [pytest.mark.benchmark, pytest.mark.filterwarnings("ignore")]  # peers warn
 gd = gk.diffusion
 N, DIM = 3, 5
 GRID = gd.karras(12, 0.03, 15.0)
@@ -90,8 +91,9 @@ K_OPTIONS = {
 
 def k_diffusion(name: str, grid: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     """The peer's draws from `START`."""
-    torch = pytest.importorskip("torch")
-    sampling = pytest.importorskip("k_diffusion.sampling")
+    sampling = k_diffusion_sampling()
+    import torch
+
     model = lambda x, sigma, **kwargs: denoise(x, sigma[:, None], torch.tanh)
     noises = iter(torch.tensor(NOISE))
     levels, x = torch.tensor(grid), torch.tensor(START)
@@ -177,6 +179,10 @@ def velocity_of(x, x0, s):
     return (x * scale - x0) / s / scale - s / scale * x0
 
 
+# Left out: the third-order stochastic update of `DPMSolverMultistepScheduler` (0.42). The weight it gives the second
+# difference of the predictions tends to -1 for small steps, where it must vanish: a sign. Corrected, the update is
+# that of `sample_dpmpp_3m_sde` and ours. And `SASolverScheduler`, which adds a term of its own to all coefficients of
+# second order, those of its start among them ("only for few steps"); ours are the paper's.
 MULTI = {"lower_order_final": False, "final_sigmas_type": "zero"}
 SDE = {"algorithm_type": "sde-dpmsolver++", **MULTI}
 D_CASES: dict[str, tuple[str, dict, str, Any, dict, np.ndarray, Callable]] = {
@@ -203,10 +209,6 @@ D_CASES: dict[str, tuple[str, dict, str, Any, dict, np.ndarray, Callable]] = {
     "DPM++ 2M SDE, heun": (
         "DPMSolverMultistepScheduler", {"solver_order": 2, "solver_type": "heun", **SDE}, "vp", None,
         {"variance_noise": next}, GRID, lambda g: gd.sa(g, 2, 1.0, False),
-    ),
-    "DPM++ 3M SDE": (
-        "DPMSolverMultistepScheduler", {"solver_order": 3, "solver_type": "heun", **SDE}, "vp", None,
-        {"variance_noise": next}, GRID, lambda g: gd.dpmpp(g, 3, True),
     ),
     "UniPC 1": (
         "UniPCMultistepScheduler", {"solver_order": 1, **MULTI}, "vp", None, {}, OPEN, lambda g: gd.unipc(g, 1),
@@ -261,7 +263,7 @@ def test_parity_with_diffusers(name, monkeypatch):
 
 def test_parity_with_the_single_step_scheduler(monkeypatch):
     # Its inner evaluations are nodes of its grid: halfway in log sigma where the grid is log-uniform.
-    settings = {"solver_order": 2, "lower_order_final": True, "final_sigmas_type": "sigma_min"}
+    settings = {"solver_order": 2, "lower_order_final": False, "final_sigmas_type": "sigma_min"}
     fine = gd.log_uniform(13, 0.03, 15.0, final=None)
     scheduler = scheduler_of("DPMSolverSinglestepScheduler", settings, fine, monkeypatch)
     peer = run(scheduler, fine, "vp", noise_of("vp"))

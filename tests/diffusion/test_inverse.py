@@ -93,6 +93,7 @@ def energy_of(draws, reference):
     return float(gk.divergence.energy_distance(draws, reference))
 
 
+@pytest.mark.slow
 def test_draws_of_a_mixture_posterior():
     # Three components, one measurement with noise: the posterior is a mixture of three with new weights.
     means = np.array([[-2.0, 0.5, 0, 1], [2.0, 0.5, 1, 0], [0.0, -2.0, -1, 0]])
