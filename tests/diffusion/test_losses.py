@@ -156,9 +156,9 @@ def test_even_levels_lower_the_variance_of_the_loss():
             raise NotImplementedError
 
     loose = d.DenoisingScoreMatching(Independent(-1.2, 1.2), weight=lambda sigma: 1.0)
-    keys = jr.split(jr.key(1), 300)
 
     def spread(objective):
+        keys = jr.split(jr.key(1), 300)
         losses = lambda keys: jax.lax.map(lambda key: objective(denoiser, x0, key=key)[0], keys, batch_size=100)
         return float(np.std(jax.jit(losses)(keys)))
 

@@ -47,7 +47,7 @@ FLOW = {
         lambda g: _multistep(g, DataInLog(), 4, False), 1, "6.6e-03 7.0e-04 1.5e-04 3.6e-05 8.7e-06 2.2e-06", 2.03,
     ),
     "exponential 4, warm": (
-        lambda g: _multistep(g, DataInLog(), 4, True), 1, "6.5e-03 2.2e-04 1.0e-05 5.4e-07 3.3e-08 1.9e-09", 4.10,
+        lambda g: _multistep(g, DataInLog(), 4, True), 1, "6.5e-03 2.2e-04 1.0e-05 5.4e-07 3.1e-08 1.9e-09", 4.05,
     ),
     "dpm-solver++ 2S": (
         lambda g: gd.dpm_solver(g, 2, "x0"), 2, "4.8e-02 1.3e-02 3.5e-03 8.9e-04 2.2e-04 5.6e-05", 1.99,
