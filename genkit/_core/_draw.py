@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from ._draw_hooks import after_step, before_step
+from ._draw_phases import two_phases
 from ._guidance import Context, Guidance, Hooks
 from ._runner import Runner, Tally
 from ._runner_static import Patterns
@@ -95,10 +96,14 @@ class Draw(eqx.Module):
         columns = columns_of(table, x.dtype)
         state = self._initial(columns, x)
         outputs = []
-        for start, stop, pattern in _runs(patterns, table.num_rows):
-            part = jax.tree.map(lambda leaf, i=start, j=stop: leaf[i:j], columns)
-            state, output = lax.scan(lambda s, row, p=pattern: self._row(s, row, p), state, part)
+        if self.runner.plan == "phases" and len(self.runner.only_plain) > 1:
+            state, output = two_phases(self, columns, state)
             outputs.append(output)
+        else:
+            for start, stop, pattern in _runs(patterns, table.num_rows):
+                part = jax.tree.map(lambda leaf, i=start, j=stop: leaf[i:j], columns)
+                state, output = lax.scan(lambda s, row, p=pattern: self._row(s, row, p), state, part)
+                outputs.append(output)
         info, states = jax.tree.map(lambda *parts: jnp.moveaxis(jnp.concatenate(parts), 0, 1), *outputs)
         if self.hooks.population is not None:
             info |= jax.vmap(self.hooks.population.report)(state.population)
@@ -146,7 +151,10 @@ class Draw(eqx.Module):
 
     def _row(self, state: State, row: Columns, pattern: tuple[bool, ...] | None) -> tuple[State, Any]:
         """One row of the table: evaluate, update, act at the ends of steps."""
-        state = before_step(self, state, row)
+        return self.begun_row(before_step(self, state, row), row, pattern)
+
+    def begun_row(self, state: State, row: Columns, pattern: tuple[bool, ...] | None) -> tuple[State, Any]:
+        """One row of the table after what acts at its start."""
         evaluate = lambda s: self.runner(self.context(row, s.y, row.sigma), s.guidance, pattern)
         idle = lambda s: self._blank(s, row)
         if self.runner.plan == "static":

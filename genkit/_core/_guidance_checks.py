@@ -28,7 +28,7 @@ def check_guidance(guidance: Any, table: Any, model: Any, cond: Any) -> None:
     hooks = collect_hooks(guidance)
     check_parts(hooks, table, model, cond)
     if hooks.guidance is not None:
-        _check_labels(hooks.guidance, model)
+        _check_labels(hooks.guidance, model, cond)
 
 
 def check_parts(tree: Any, table: Any, model: Any, cond: Any) -> None:
@@ -42,13 +42,32 @@ def check_parts(tree: Any, table: Any, model: Any, cond: Any) -> None:
     jax.tree.leaves(tree, is_leaf=visit)
 
 
-def _check_labels(guidance: Guidance, model: Any) -> None:
-    """Refuse slots whose label the model does not know."""
+def check_net_labels(name: str, net: Any, cond: Any) -> None:
+    """Refuse labels that a network does not know.
+
+    Args:
+        name: the argument that brought the network, or the labels.
+        net: a denoiser; those that do not tell their number of labels pass.
+        cond: labels of any shape; tracers and other conditions pass.
+
+    Raises:
+        ValueError: if a label is out of range.
+    """
+    labels = getattr(net, "num_labels", None)
+    if labels is None or cond is None or isinstance(cond, str) or not is_concrete(cond):
+        return
+    values = np.asarray(cond).reshape(-1)
+    if jnp.issubdtype(values.dtype, jnp.integer):
+        wrong = values[(values < -1) | (values >= labels)]
+        if wrong.size:
+            check(False, name, f"used with labels from 0 to {labels - 1}, or -1 for none", f"{wrong[0]}")
+
+
+def _check_labels(guidance: Guidance, model: Any, cond: Any) -> None:
+    """Refuse labels that the networks of a guidance do not know: its own, and those of the draws."""
     for slot in guidance.slots():
-        labels = getattr(model if slot.net is None else slot.net, "num_labels", None)
-        if labels is None or slot.cond is None or isinstance(slot.cond, str) or not is_concrete(slot.cond):
-            continue
-        value = np.asarray(slot.cond)
-        if jnp.issubdtype(value.dtype, jnp.integer):
-            ok = bool(np.all((value >= -1) & (value < labels)))
-            check(ok, "cond", f"a label from 0 to {labels - 1} in a guidance, or -1 for none", str(value))
+        name = slot.name.rpartition(".")[2]
+        if slot.net is not None:
+            check_net_labels(name, slot.net, cond if isinstance(slot.cond, str) else slot.cond)
+        elif not isinstance(slot.cond, str):
+            check_net_labels("cond", model, slot.cond)

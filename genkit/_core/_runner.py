@@ -15,7 +15,7 @@ from ._denoiser import null_like
 from ._guidance import Context, Guidance, Prediction, Slot, same_evaluation
 
 
-PLANS = ("dynamic", "static", "compact")
+PLANS = ("dynamic", "static", "compact", "phases")
 Need = bool | Bool[Array, " n"]
 
 
@@ -58,7 +58,8 @@ class Runner(eqx.Module):
         model: the denoiser that is sampled.
         guidance: combines its evaluations.
         plan: `"dynamic"` skips a slot by a scalar `cond` where no draw needs it; `"compact"` also gathers the draws
-            that need it into the smallest of five batch sizes; `"static"` takes a pattern fixed at compile time.
+            that need it into the smallest of five batch sizes; `"static"` takes a pattern fixed at compile time;
+            `"phases"` is `"dynamic"` in a loop that has one of its own for rows that need the plain prediction alone.
         fuse: evaluate slots of one net in a single concatenated call.
     """
 
@@ -75,18 +76,16 @@ class Runner(eqx.Module):
         Args:
             ctx: the batch: `x`, `cond` and `key` with leading axis `n`, the rest scalar.
             carry: carry of the guidance, leading axis `n`.
-            pattern: with `plan="static"`, whether each distinct evaluation of the first stage is made.
+            pattern: whether each distinct evaluation of the first stage is made, where that is fixed beforehand.
 
         Returns:
             The guided predictions, the new carry (the old one in a corrector row), the reports, the counts.
         """
-        groups = merged(self.guidance.slots())
-        first = [group for group in groups if not group[0].second_stage]
+        first, second = stages(self.guidance)
         needs = self._needs(first, ctx, carry)
         if pattern is not None:
             needs = list(pattern)
         preds, tally = self._evaluate(first, needs, [None] * len(first), ctx)
-        second = [group for group in groups if group[0].second_stage]
         if second:
             asks = [group[0].ask for group in second if group[0].ask is not None]
             asked = [each(lambda c, p, s, ask=ask: ask(p, c, s), ctx, preds, carry) for ask in asks]
@@ -97,6 +96,16 @@ class Runner(eqx.Module):
         x0, new, aux = each(lambda c, p, s: combine(p, c, s), ctx, preds, carry)
         held = jax.tree.map(lambda old, fresh: jnp.where(ctx.corrector, old, fresh), carry, new)
         return x0.astype(ctx.x.dtype), held, aux, tally
+
+    @property
+    def only_plain(self) -> tuple[bool, ...]:
+        """The pattern of rows that make the plain prediction and no other of the first stage."""
+        return tuple(i == 0 for i in range(len(stages(self.guidance)[0])))
+
+    def needs_only_plain(self, ctx: Context, carry: PyTree) -> Bool[Array, ""]:
+        """Whether all draws need the plain prediction now, and none another one of the first stage."""
+        plain, *others = (jnp.asarray(need) for need in self._needs(stages(self.guidance)[0], ctx, carry))
+        return jnp.all(plain) & ~jnp.any(jnp.asarray([jnp.any(other) for other in others], bool))
 
     def _needs(self, groups: list[list[Slot]], ctx: Context, carry: PyTree) -> list[Need]:
         """What the draws need of each distinct evaluation: a Python bool where that is fixed, else one bool each."""
@@ -191,6 +200,12 @@ def merged(slots: tuple[Slot, ...]) -> list[list[Slot]]:
     return groups
 
 
+def stages(guidance: Guidance) -> tuple[list[list[Slot]], list[list[Slot]]]:
+    """The distinct evaluations of a guidance: those planned beforehand, and those asked for once these are known."""
+    groups = merged(guidance.slots())
+    return [g for g in groups if not g[0].second_stage], [g for g in groups if g[0].second_stage]
+
+
 def each(fn: Callable, ctx: Context, *args: PyTree) -> Any:
     """Map `fn(ctx, *args)` over the draws of a batch; noise levels and step stay scalar."""
 
@@ -210,7 +225,9 @@ def _predict(net: Callable, slot: Slot, x: Array, cond: Any, key: Array, ctx: Co
 
     def denoise(y: Array) -> Array:
         x0 = jax.vmap(lambda one, c: net(one, ctx.sigma, c))(y, cond)
-        check(x0.shape == y.shape, "denoiser", f"a function that keeps the shape {y.shape[1:]}", f"{x0.shape[1:]}")
+        # A network of a guidance goes by the name of its slot, without the number it has in a sum.
+        name = "denoiser" if slot.net is None else slot.name.rpartition(".")[2]
+        check(x0.shape == y.shape, name, f"a denoiser that keeps the shape {y.shape[1:]}", f"{x0.shape[1:]}")
         return x0.astype(y.dtype)
 
     loss = slot.loss

@@ -9,7 +9,7 @@ from jaxtyping import Array, PyTree
 
 from ._checks import check, is_concrete
 from ._guidance import Context, Guidance
-from ._runner import merged
+from ._runner import stages
 from ._table import Table
 
 
@@ -35,7 +35,7 @@ def static_patterns(guidance: Guidance, table: Table, shape: tuple[int, ...], co
     known = all(map(is_concrete, jax.tree.leaves((columns, table.evaluate, guidance))))
     hint = "The table or the guidance is traced."
     check(known, "plan", "'dynamic' or 'compact' inside your own `jit`", "'static'", hint)
-    groups = [group for group in merged(guidance.slots()) if not group[0].second_stage]
+    groups, _ = stages(guidance)
 
     def plan(place: tuple[Array, ...], draw: tuple[PyTree, ...]) -> Array:
         x, carry, cond, key = draw

@@ -61,7 +61,9 @@ class Sampler(AbstractSampler):
         guidance: a `Guidance`, `StepTransform` or `Population`, or a tuple of these; `None` for none.
         plan: how evaluations are skipped. `"dynamic"`: where no draw of the batch needs one, decided at run time, so
             that nothing recompiles. `"static"`: decided on the host from the grid, compiled once per pattern, without a
-            branch. `"compact"`: also within a batch, by gathering the draws that need it.
+            branch. `"compact"`: also within a batch, by gathering the draws that need it. `"phases"`: as `"dynamic"`,
+            but rows in which no draw needs more than the plain prediction run in a loop of their own, which holds
+            nothing else and has no branch; not differentiable in reverse.
         fuse: evaluate the condition and its absence in one concatenated call instead of one after the other.
         noise: where the noise of stochastic tables comes from, such as `genkit.diffusion.BrownianNoise`; `None` for
             independent normals.

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from genkit._core import Context, Guidance, Prediction, Slot
-from genkit._core._checks import check, check_interval, describe, is_concrete
+from genkit._core._checks import check, check_choice, check_interval, describe, is_concrete
 from genkit._core._fields import as_number
 
 from ._weights import check_steps
 
 
 class AbstractWhen(eqx.Module):
-    """A question that noise level and step answer, the same for all evaluations of a step."""
+    """A question that noise level and step answer."""
 
     needs_grid: eqx.AbstractVar[bool]
 
@@ -28,21 +28,24 @@ class AbstractWhen(eqx.Module):
 
 
 class Between(AbstractWhen):
-    """Steps that start within an interval of noise levels."""
+    """Steps that start within an interval of noise levels, or evaluations within it."""
 
     sigma_lo: Float[Array, ""] = eqx.field(converter=as_number)
     sigma_hi: Float[Array, ""] = eqx.field(converter=as_number)
+    per: str = eqx.field(static=True)
     needs_grid: bool = eqx.field(default=False, init=False, static=True)
 
     def __check_init__(self) -> None:
-        """Refuse empty intervals."""
+        """Refuse empty intervals and unknown units."""
+        check_choice("per", self.per, ("step", "evaluation"))
         if is_concrete(self.sigma_lo) and is_concrete(self.sigma_hi):
             low, high = float(self.sigma_lo), float(self.sigma_hi)
             check(0 <= low < high, "sigma_lo", "non-negative and below `sigma_hi`", f"{low:g} and {high:g}")
 
     def __call__(self, ctx: Context) -> Bool[Array, ""]:
-        """Decided at the start of the step, so that all its evaluations agree."""
-        return (self.sigma_lo < ctx.sigma_start) & (ctx.sigma_start <= self.sigma_hi)
+        """By the start of the step, so that all its evaluations agree, or by each evaluation on its own."""
+        level = ctx.sigma_start if self.per == "step" else ctx.sigma
+        return (self.sigma_lo < level) & (level <= self.sigma_hi)
 
 
 class AtSteps(AbstractWhen):
@@ -143,6 +146,8 @@ def interval(
     guidance: Guidance,
     sigma_lo: Float[ArrayLike, ""] | float,
     sigma_hi: Float[ArrayLike, ""] | float,
+    *,
+    per: str = "step",
 ) -> Gate:
     """Guide only in steps that start at `sigma_lo < sigma <= sigma_hi`; elsewhere one plain evaluation.
 
@@ -152,12 +157,14 @@ def interval(
         guidance: any guidance.
         sigma_lo: lower end, excluded, non-negative.
         sigma_hi: upper end, included, above `sigma_lo`; `inf` for none.
+        per: `"step"` decides for all evaluations of a step by its start, as in the code of the authors; `"evaluation"`
+            for each by its own noise level. They differ for samplers with correctors, such as `heun`, alone.
 
     Returns:
         A guidance; both ends are array leaves, and steps outside truly skip the evaluations.
 
     Raises:
-        ValueError: if the interval is empty.
+        ValueError: if the interval is empty or `per` is unknown.
         TypeError: if `guidance` is none.
 
     Example:
@@ -169,7 +176,7 @@ def interval(
     Source: Kynkäänniemi et al., "Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in
     Diffusion Models", NeurIPS 2024.
     """
-    return Gate(guidance, Between(sigma_lo, sigma_hi))
+    return Gate(guidance, Between(sigma_lo, sigma_hi, per))
 
 
 def policy(guidance: Guidance, active: Bool[ArrayLike, " num_steps"] | list) -> Gate:

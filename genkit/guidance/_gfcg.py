@@ -13,7 +13,7 @@ from genkit._core._checks import check, check_choice, check_finite, check_interv
 from genkit._core._fields import as_number
 
 
-CONFUSIONS = ("1-p", "ratio", "rival")
+CONFUSIONS = ("1-p", "ratio", "rival", "odds")
 REFERENCES = ("rival", "top")
 
 
@@ -44,7 +44,12 @@ class GFCG(Guidance):
 
     def slots(self) -> tuple[Slot, ...]:
         """The plain prediction, and one whose condition the classifier chooses."""
-        return Slot("cond"), Slot("reference", cond="asked", net=self.weak, ask=_Ask(self))
+        return Slot("cond"), Slot(self._other, cond="asked", net=self.weak, ask=_Ask(self))
+
+    @property
+    def _other(self) -> str:
+        """Name of the second slot: that of the argument that brought its network, where one did."""
+        return "reference" if self.weak is None else "weak"
 
     def init(self, x: Float[Array, " *shape"]) -> None:
         """No carry."""
@@ -58,7 +63,7 @@ class GFCG(Guidance):
         self, preds: Mapping[str, Prediction], ctx: Context, carry: Any
     ) -> tuple[Float[Array, " *shape"], Any, dict[str, Array]]:
         """Away from the reference, where there is one."""
-        base, other = preds["cond"].x0, preds["reference"]
+        base, other = preds["cond"].x0, preds[self._other]
         scale, _, confusion, failed = self.judge(base, ctx)
         step = (scale - 1).astype(base.dtype) * (base - jnp.where(other.present, other.x0, base))
         report = {"scale": scale.astype(base.dtype), "confusion": confusion.astype(base.dtype)}
@@ -69,17 +74,22 @@ class GFCG(Guidance):
         logits = jnp.asarray(self.classifier(x0))
         check(logits.ndim == 1, "classifier", "a function x0 -> logits of shape (classes,)", f"shape {logits.shape}")
         failed = ~jnp.all(jnp.isfinite(logits))
-        probs = jax.nn.softmax(jnp.where(failed, 0, logits) / self.temperature)
+        logits = jax.nn.log_softmax(jnp.where(failed, 0, logits) / self.temperature)
+        probs = jnp.exp(logits)
         label = jnp.clip(ctx.cond, 0, len(probs) - 1)
         own = jnp.arange(len(probs)) == label
         rival = jnp.argmax(jnp.where(own, -jnp.inf, probs)).astype(ctx.cond.dtype)
         p, r = probs[label], probs[rival]
-        confusion = {"1-p": 1 - p, "ratio": r / (p + r), "rival": r}[self.confusion]
+        odds = jnp.exp(jnp.minimum(logits[rival] - logits[label], 60.0))  # finite, whatever underflows
+        confusion = {"1-p": 1 - p, "ratio": r / (p + r), "rival": r, "odds": odds}[self.confusion]
         idle = failed | (ctx.cond < 0)
         confusion = jnp.where(idle, 0, confusion)
         # "Skip below" includes zero: what is not confused at all is not guided.
         confused = (confusion > self.skip_below) & ~idle
-        scale = self.base_scale + (self.scale_max - self.base_scale) * confusion
+        if self.confusion == "odds":
+            scale = jnp.minimum(self.base_scale + confusion, self.scale_max)
+        else:
+            scale = self.base_scale + (self.scale_max - self.base_scale) * confusion
         scale = jnp.where(idle, 1, jnp.where(confused, scale, self.base_scale))
         # What the model itself takes for the reference where nothing is confused: for a weak model the class, for the
         # model itself no condition.
@@ -130,7 +140,9 @@ def gfcg(
         classifier: `x0 -> logits` of shape `(classes,)`. Where a logit is NaN or infinite, the draw is not guided, and
             `info["classifier_failed"]` says so.
         scale_max: scale $w_{max}$ at complete confusion.
-        confusion: `"1-p"` is $1 - p_c$; `"ratio"` is $p_r / (p_r + p_c)$; `"rival"` is $p_r$.
+        confusion: `"1-p"` is $1 - p_c$; `"ratio"` is $p_r / (p_r + p_c)$; `"rival"` is $p_r$. With `"odds"` the scale is
+            $w = \min(w_0 + p_r / p_c, w_{max})$: where the prediction is a mixture, a share $p_c$ of the class and a share
+            $p_r$ of the rival, that takes the share of the rival out, no more and no less.
         skip_below: confusion up to which nothing is confused, from 0 to 1.
         reference: `"rival"` is the likeliest class other than $c$; `"top"` the likeliest of all, and no condition (of a
             weak model: $c$) where that is $c$.

@@ -10,6 +10,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 from genkit._core import Context, StepTransform
 from genkit._core._checks import check, check_choice, describe, is_concrete
 from genkit._core._fields import as_number
+from genkit._core._guidance_checks import check_net_labels
 
 
 class Reflect(StepTransform):
@@ -31,6 +32,10 @@ class Reflect(StepTransform):
         if is_concrete(self.sigma_lo) and is_concrete(self.sigma_hi):
             low, high = float(self.sigma_lo), float(self.sigma_hi)
             check(0 <= low < high, "sigma_lo", "non-negative and below `sigma_hi`", f"{low:g} and {high:g}")
+
+    def check_draw(self, table: Any, model: Any, cond: Any) -> None:
+        """Refuse labels that the weak model does not know."""
+        check_net_labels("weak", self.weak, cond)
 
     def init(self, x: Float[Array, " n *shape"]) -> None:
         """No carry."""

@@ -288,9 +288,13 @@ def check_noise(name: str, table: Any) -> None:
     s, t = np.asarray(table.sigma_start, np.float64), np.asarray(table.sigma_next, np.float64)
     on = np.asarray(table.evaluate)
     s, t, kept, fresh = s[on], t[on], np.asarray(table.a, np.float64)[on], np.asarray(table.c, np.float64)[on]
-    euler = np.isclose(fresh**2, s**2 - t**2, rtol=1e-4)
-    bridge = np.isclose(fresh**2, t**2 * (1 - (t / s) ** 2), rtol=1e-4)
-    steps = len(s) == table.num_steps and bool(np.all((euler | bridge) & np.isclose(kept, (t / s) ** 2, rtol=1e-4)))
+    # Exact coefficients: between the posterior variance of data that are one point (ancestral) and the variance of the
+    # reverse diffusion, where that of every law of data lies. Frozen ones: Euler-Maruyama, but for a last step to zero.
+    least, most = t**2 * (1 - (t / s) ** 2), s**2 - t**2
+    noisy = (fresh**2 >= least * (1 - 1e-4)) & (fresh**2 <= most * (1 + 1e-4))
+    exact = noisy & np.isclose(kept, (t / s) ** 2, rtol=1e-4, atol=1e-6)
+    frozen = np.isclose(fresh**2, 2 * s * (s - t), rtol=1e-4) & np.isclose(kept, 2 * t / s - 1, rtol=1e-4, atol=1e-6)
+    steps = len(s) == table.num_steps and bool(np.all(exact | frozen))
     hint = "Use `gk.diffusion.ancestral(grid)` or `gk.diffusion.euler_maruyama(grid)`."
     what = f"first-order steps of the reverse diffusion with `{name}`, whose particles part through its noise"
     check(steps, "sampler", what, "a table of another kind", hint)

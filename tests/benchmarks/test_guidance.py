@@ -1,5 +1,11 @@
-"""What guidance costs beyond its evaluations, and what skipping saves on the clock; run with `-m benchmark`."""
+"""What guidance costs beyond its evaluations, and what skipping saves on the clock.
 
+Run by hand, without the run-time type checks of the suite, one test at a time on a quiet machine:
+`python -m pytest tests/benchmarks/test_guidance.py -m benchmark -n 0 -s -o addopts=--import-mode=importlib -k saves`.
+The comparison with the guiders of diffusers runs where torch and diffusers are installed.
+"""
+
+import itertools
 import re
 import statistics
 import time
@@ -8,6 +14,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import pytest
 
 import genkit as gk
@@ -112,3 +119,83 @@ def test_adaptive_guidance_saves_time():
     print(f"{1e3 * full / 64:.1f} ms per pass; evaluations saved {saved:.3f}, time saved {gain:.3f}")
     assert full / 64 > 0.005 and saved > 0.1
     assert gain >= 0.8 * saved
+
+
+def torch_network(network):
+    """The same network and weights in torch, on a batch; the null condition is label -1."""
+    torch = pytest.importorskip("torch")
+    layers = [[torch.from_numpy(np.array(leaf)) for leaf in (one.weight, one.bias)] for one in network.layers]
+
+    def denoise(x, sigma, cond):
+        mean = torch.sin(torch.arange(DIM) * (1.0 + cond[:, None])) * (cond[:, None] >= 0)
+        h = x / (1 + sigma**2) ** 0.5
+        for weight, bias in layers[:-1]:
+            h = torch.nn.functional.silu(torch.nn.functional.linear(h, weight, bias))
+        exact = mean + (x - mean) * 0.25 / (0.25 + sigma**2)
+        return exact + 1e-3 * torch.nn.functional.linear(h, *layers[-1])
+
+    return denoise
+
+
+def eager_draw(guider, denoise, levels, start, cond):
+    """DDIM in eager torch with a guider of diffusers, which combines the predictions it asks for."""
+    torch = pytest.importorskip("torch")
+    x, null = torch.from_numpy(start), torch.full((len(start),), -1)
+    with torch.inference_mode():
+        for i, (s, t) in enumerate(itertools.pairwise(map(float, levels))):
+            guider.set_state(step=i, num_inference_steps=len(levels) - 1, timestep=torch.tensor(s))
+            preds = [denoise(x, s, cond)]
+            if guider.num_conditions > 1:
+                preds.append(denoise(x, s, null))
+            x0 = guider.forward(*preds).pred
+            x = x0 + t / s * (x - x0)
+    return x.numpy()
+
+
+@pytest.mark.parametrize("method", ["cfg", "apg"])
+def test_against_the_guiders_of_diffusers(method):
+    torch, guiders = pytest.importorskip("torch"), pytest.importorskip("diffusers.guiders")
+    n, network = 128, Network(1024, 4)
+    levels = gd.karras(10, 0.01, 10.0)
+    table, cond = gd.ddim(levels), np.arange(n) % 4
+    start = 10 * np.asarray(jr.normal(jr.key(2), (n, DIM)))
+    theirs = {
+        "cfg": lambda: guiders.ClassifierFreeGuidance(guidance_scale=3.0),
+        "apg": lambda: guiders.AdaptiveProjectedGuidance(
+            guidance_scale=2.0,  # in its original formulation a scale of 0 is off
+            adaptive_projected_guidance_momentum=None,
+            adaptive_projected_guidance_rescale=5.0,
+            eta=0.0,
+            use_original_formulation=True,
+        ),
+    }[method]
+    ours = {"cfg": gg.cfg(3.0), "apg": gg.apg(3.0, norm_threshold=5.0)}[method]
+    run = lambda: gk.sample(table, network, n, cond=cond, x_init=start, guidance=ours, key=jr.key(1))
+    denoise, labels = torch_network(network), torch.from_numpy(cond)
+    eager = lambda: eager_draw(theirs(), denoise, levels, start, labels)
+    fastest = None
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        (elapsed,) = median_times(eager, repeats=3)
+        fastest = (elapsed, threads) if fastest is None or elapsed < fastest[0] else fastest
+    torch.set_num_threads(fastest[1])
+    passes = int(run().nfe[0])
+    mine, other = median_times(lambda: run().value, eager)
+    print(
+        f"{method}: {1e3 * mine / passes:.2f} ms per pass, diffusers {1e3 * other / passes:.2f} ms "
+        f"({fastest[1]} threads), {passes} passes, ratio {mine / other:.2f}"
+    )
+    np.testing.assert_allclose(run().value, eager(), rtol=1e-3, atol=1e-3)
+    assert mine <= other
+
+
+def test_phases_beside_branches_on_a_light_network():
+    # Where a pass is so light that a branch per step could matter: the loop without one, beside the one with.
+    n, network = 16, Network(32, 2)
+    table = gd.ddim(gd.karras(64, 0.002, 80.0))
+    guidance = gg.step_adaptive(gg.cfg(3.0), 16)
+    runs = {plan: sampler_run(network, table, guidance, n, plan) for plan in ("dynamic", "phases", "static")}
+    times = median_times(*runs.values(), repeats=21)
+    for plan, elapsed in zip(runs, times, strict=True):
+        print(f"{plan:8s} {1e6 * elapsed / 80:7.1f} us per pass")
+    assert times[1] <= 1.25 * times[0]

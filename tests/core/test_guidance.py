@@ -157,6 +157,50 @@ def test_static_plan_with_idle_rows():
     assert static.nfe.tolist() == [18] * 4
 
 
+@pytest.mark.parametrize(
+    ("guidance", "table"),
+    [
+        (lambda: gk.guidance.step_adaptive(gk.guidance.cfg(2.0), 2), gd.heun(GRID, churn=(1.0, 0.0, 5.0, 1.0))),
+        pytest.param(lambda: Blend([0]), gd.heun(GRID), marks=pytest.mark.slow),
+        pytest.param(
+            lambda: gk.guidance.interval(gk.guidance.cfg(2.0), 0.2, 2.0), gd.heun(GRID), marks=pytest.mark.slow
+        ),
+        pytest.param(Early, gd.ddim(GRID), marks=pytest.mark.slow),
+        pytest.param(lambda: None, gd.ddim(GRID), marks=pytest.mark.slow),
+        pytest.param(lambda: Question(), gd.ancestral(GRID), marks=pytest.mark.slow),
+        pytest.param(
+            lambda: (gk.guidance.interval(gk.guidance.cfg(2.0), 0.2, 2.0), Shift(jnp.asarray(0.5), "start")),
+            gd.ddim(GRID),
+            marks=pytest.mark.slow,
+        ),
+        (lambda: (gk.guidance.step_adaptive(Blend(), 2), Shift(jnp.asarray(0.5), "end"), Reverse(2)), gd.unipc(GRID)),
+    ],
+)
+def test_two_phases(guidance, table):
+    # Loops that take turns do what one loop with branches does, evaluation by evaluation.
+    cond = jnp.array([0, 0, 1, 1])
+    once, turns = [], []
+    dynamic = draw(guidance(), table=table, calls=once, cond=cond)
+    phases = draw(guidance(), table=table, calls=turns, cond=cond, plan="phases")
+    assert sorted(turns) == sorted(once)
+    same = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    jax.tree.map(same, (phases.value, phases.info), (dynamic.value, dynamic.info))
+    np.testing.assert_array_equal(phases.nfe, dynamic.nfe)
+    np.testing.assert_array_equal(phases.nfe_logical, dynamic.nfe_logical)
+
+
+def test_the_loop_of_the_second_phase_holds_the_plain_prediction_alone():
+    guidance = gk.guidance.step_adaptive(gk.guidance.cfg(2.0), 2)
+    call = {"cond": NUMBERS, "x_init": None, "shape": (2,)}
+    sampler = gk.Sampler(gd.ddim(GRID), guidance, plan="phases")
+    calls = []
+    jaxpr = jax.make_jaxpr(lambda keys: sampler.draw(labelled(calls), keys, **call).value)(jr.split(jr.key(0), 4))
+    outer = next(e for e in jaxpr.eqns if e.primitive.name == "while")
+    guided, alone = [e.params["body_jaxpr"] for e in outer.params["body_jaxpr"].eqns if e.primitive.name == "while"]
+    evaluations = lambda body: str(body).count("debug_callback")
+    assert evaluations(guided) == 2 * evaluations(alone) > 0
+
+
 def test_static_plan_refuses_needs_of_draws():
     with pytest.raises(ValueError, match="'dynamic' or 'compact'"):
         draw(Blend([0]), plan="static")

@@ -2,6 +2,7 @@
 
 import itertools
 
+import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -47,6 +48,58 @@ def test_steering_tilts_a_gaussian():
     assert draws.nfe.tolist() == [400] * k
 
 
+def own_variance(table, variance=1.0):
+    """Variance of the draws of N(0, variance) by a table of first-order steps: its own law, which is linear."""
+    total = float(table.sigma[0]) ** 2
+    columns = (np.asarray(column, float) for column in (table.sigma, table.a, table.c))
+    for s, kept, fresh in zip(*columns, strict=True):
+        total = (kept + (1 - kept) * variance / (variance + s**2)) ** 2 * total + fresh**2
+    return total
+
+
+@pytest.mark.parametrize("make", [gd.euler_maruyama, gd.ancestral, gd.reverse_diffusion])
+def test_steering_tilts_the_law_of_the_sampler_itself(make):
+    # Gains in reward telescope, so that coarse steps steer exactly, too: towards the tilt of what they draw unguided.
+    table, k, scale = make(gd.karras(64, 0.005, 10.0)), 2048, 1.5
+    variance = own_variance(table)
+    draws = gk.sample(table, normal(), k, guidance=gg.steer(lambda x0: scale * x0[0], k), key=jr.key(0))
+    value, error = np.asarray(draws.value)[:, 0], z_score(3) / np.sqrt(k / 10)
+    assert abs(value.mean() - scale * variance) < error and abs(value.std() - variance**0.5) < error
+    assert abs(float(draws.info["log_evidence"][0]) - scale**2 * variance / 2) < error
+
+
+STEERING = [  # weight of the reward, particles, mean
+    (1.5, 4, 0.894),
+    (1.5, 64, 1.418),
+    (1.5, 4096, 1.5),
+    (3.0, 4, 1.477),
+    (3.0, 64, 2.755),
+    (3.0, 4096, 3.0),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scale", "k", "mean"), STEERING)
+def test_steering_by_the_exact_reverse_kernel(scale, k, mean):
+    # D6: 64 steps of the exact kernel of N(0, 1), a look at the weights in every fourth: the target is N(scale, 1), and
+    # its evidence scale^2 / 2, to any number of steps. Few particles fall short by a known amount.
+    grid = gd.karras(64, 0.005, 20.0)
+    table = gd.ancestral(grid)
+    s, t = grid[:-1], grid[1:]
+    table = eqx.tree_at(lambda rows: rows.c, table, np.sqrt((1 + t**2) * (s**2 - t**2) / (1 + s**2)))
+    assert own_variance(table) == pytest.approx(1, abs=0.01)
+    n = 16 * 4096
+    steering = gg.steer(lambda x0: scale * x0[0], k, every=4)
+    draws = gk.sample(table, normal(), n, guidance=steering, key=jr.key(0), batch_size=4 * 4096)
+    found, evidence = float(draws.value.mean()), np.exp(np.asarray(draws.info["log_evidence"], float))
+    # For few particles the reference is one run of other steps: within a tenth. For many the law itself is known.
+    assert found == pytest.approx(mean, abs=0.1 if k < 4096 else 0.05)
+    # The evidence is unbiased for any number of particles, though not its logarithm.
+    if scale == 1.5:
+        error = z_score(6) * evidence.std(ddof=1) / np.sqrt(len(evidence))
+        assert abs(evidence.mean() - np.exp(scale**2 * own_variance(table) / 2)) < error
+
+
 def test_few_particles_are_biased_and_weights_may_be_kept():
     # One table of 16 populations of 4: the mean falls short of the target, as it must.
     steering = lambda **kw: gg.steer(lambda x0: 1.5 * x0[0], 4, **kw)
@@ -75,6 +128,10 @@ def test_a_reward_that_fails_removes_the_particle():
 
 
 @pytest.mark.parametrize(
+    "make",
+    [gd.ancestral, *(pytest.param(m, marks=pytest.mark.slow) for m in (gd.euler_maruyama, gd.reverse_diffusion))],
+)
+@pytest.mark.parametrize(
     ("weights", "parts"),
     [
         ({0: 2.0, None: -1.0}, [(1.0, 0.25, 2.0), (0.0, 1.0, -1.0)]),
@@ -82,14 +139,15 @@ def test_a_reward_that_fails_removes_the_particle():
         ({0: 1.0, 1: 1.0, 2: -1.0}, [(1.0, 0.25, 1.0), (-0.5, 1.0, 1.0), (0.0, 4.0, -1.0)]),
     ],
 )
-def test_products_by_weights(weights, parts):
+def test_products_by_weights(weights, parts, make):
     precision = sum(w / v for _, v, w in parts)
     mean = sum(w * m / v for m, v, w in parts) / precision
     # log of the integral of the product of Gaussians to powers.
     evidence = sum(-w * (m**2 / v + np.log(2 * np.pi * v)) / 2 for m, v, w in parts)
     evidence += precision * mean**2 / 2 + np.log(2 * np.pi / precision) / 2
     k = 2048
-    draws = gk.sample(FINE, pair(), k, shape=(1,), guidance=gg.fkc(weights, k), key=jr.key(3))
+    table = make(gd.karras(400, 0.005, 10.0))
+    draws = gk.sample(table, pair(), k, shape=(1,), guidance=gg.fkc(weights, k), key=jr.key(3))
     value = np.asarray(draws.value)[:, 0]
     # Effective number a tenth, as above, and the error of 400 steps, of the order of a hundredth.
     sd, error = precision**-0.5, z_score(3) / np.sqrt(k / 10)
@@ -121,6 +179,7 @@ def test_populations_want_noise():
             gd.ddim(gd.karras(8, 0.1, 5.0)),
             gd.heun(gd.karras(8, 0.1, 5.0)),
             gd.ddim(gd.karras(8, 0.1, 5.0), 0.5),
+            gd.unipc(gd.karras(8, 0.1, 5.0)),
         ):
             with pytest.raises(ValueError, match=rf"{name}.*noise.*ancestral"):
                 gk.sample(table, pair(), 4, shape=(1,), guidance=guidance, key=jr.key(0))
