@@ -16,7 +16,7 @@ from genkit.divergence import PointCost, sinkhorn_potentials
 
 from ._bridge import AbstractBridge, Bridge, check_times
 from ._closed_form import check_epsilon
-from ._fit_light import KINDS, FitReport, anchored_units, check_finished, check_samples, judge, run_adam, start_bridge
+from ._fit_light import KINDS, FitReport, check_finished, check_samples, judge, run_adam, start_bridge
 from ._objectives import MatchingObjective, UnpairedBatches
 from ._start import MAX_POINTS
 
@@ -156,7 +156,7 @@ def fit_matching(
         potential,
         _batches(coupling, x0, x1, epsilon, batch_size),
         MatchingObjective(t_max),
-        anchored_units(potential, jnp.asarray(learning_rate, x1.dtype)),
+        jnp.asarray(learning_rate, x1.dtype),
         few,
         key_steps,
         num_steps=num_steps,

@@ -27,10 +27,23 @@ def light_loss(potential: MixturePotential, x0: Float[Array, " n d"], x1: Float[
     Returns:
         A scalar in nats.
     """
-    epsilon = potential.epsilon
     value = lambda x, t: jnp.mean(jax.vmap(lambda x: jax.nn.logsumexp(potential.terms(x, t)))(x))
-    tilt = (jnp.mean(jnp.sum(x0 * x0, -1)) + jnp.mean(jnp.sum(x1 * x1, -1))) / (2.0 * epsilon)
-    return value(x0, 0.0) - value(x1, 1.0) + tilt + 0.5 * potential.dim * jnp.log(2.0 * jnp.pi * epsilon)
+    return value(x0, 0.0) - value(x1, 1.0) + light_constant(potential, x0, x1)
+
+
+def light_constant(potential: MixturePotential, x0: Float[Array, " n d"], x1: Float[Array, " m d"]) -> Float[Array, ""]:
+    """The part of `light_loss` that no parameter moves: second moments of both ends, and the normalizer of v.
+
+    Args:
+        potential: the potential.
+        x0: samples of the source, shape (n, d).
+        x1: samples of the target, shape (m, d).
+
+    Returns:
+        A scalar in nats.
+    """
+    tilt = (jnp.mean(jnp.sum(x0 * x0, -1)) + jnp.mean(jnp.sum(x1 * x1, -1))) / (2.0 * potential.epsilon)
+    return tilt + 0.5 * potential.dim * jnp.log(2.0 * jnp.pi * potential.epsilon)
 
 
 class LightObjective(Objective):
@@ -144,14 +157,14 @@ class MatchingObjective(Objective):
 
 
 def light_optimizer(
-    learning_rate: optax.ScalarOrSchedule, spread: Float[ArrayLike, ""], epsilon: Float[ArrayLike, ""]
+    learning_rate: optax.ScalarOrSchedule, shift_unit: Float[ArrayLike, ""], weight_unit: Float[ArrayLike, ""]
 ) -> optax.GradientTransformation:
-    """Adam in natural units: shifts move in units of `spread`, log-weights in units of spread^2 / epsilon.
+    """Adam with a unit of its own for each kind of parameter.
 
     Args:
         learning_rate: step in logarithms of scales.
-        spread: standard deviation of the target.
-        epsilon: variance of the reference at t = 1.
+        shift_unit: what the shifts move in units of.
+        weight_unit: what the log-weights move in units of.
 
     Returns:
         An optimizer for a `MixturePotential`, or for anything that holds one.
@@ -162,7 +175,7 @@ def light_optimizer(
 
         def scaled(path, leaf):
             name = next((str(entry.name) for entry in reversed(path) if hasattr(entry, "name")), "")
-            unit = {"shifts": spread, "log_weights": jnp.maximum(1.0, spread**2 / epsilon)}.get(name)
+            unit = {"shifts": shift_unit, "log_weights": weight_unit}.get(name)
             return leaf if unit is None else (leaf * unit).astype(leaf.dtype)
 
         return jax.tree_util.tree_map_with_path(scaled, updates)

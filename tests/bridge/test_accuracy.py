@@ -36,19 +36,14 @@ def scores(pair, bridge, judge):
     return uvp, float(gk.bridge.plan_kl(pair.bridge, bridge, y0, y1))
 
 
-def chosen_settings(x0, x1, epsilon):
-    """Components and rate by the objective on a fifth of the fitting data, held out from the candidates.
-
-    The judging data play no part; the candidates train for 2,000 steps on the other four fifths.
-    """
-    cut = 4 * len(x0) // 5
+def chosen_components(x0, x1, epsilon):
+    """K by the objective on a fifth of 10,000 fitting pairs, after short fits to the rest; no judging data."""
     held = {}
-    for k in (5, 8):
-        for rate in (1e-2, 2e-2, 5e-2):
-            bridge, _ = gk.bridge.fit_light(
-                x0[:cut], x1[:cut], epsilon, k, scale="full", num_steps=2000, learning_rate=rate, key=jr.key(3)
-            )
-            held[k, rate] = float(bridge.objective(x0[cut:], x1[cut:]))
+    for k in (3, 5, 8):
+        bridge, _ = gk.bridge.fit_light(
+            x0[:8000], x1[:8000], epsilon, k, scale="full", num_steps=300, polish=40, key=jr.key(3)
+        )
+        held[k] = float(bridge.objective(x0[8000:10_000], x1[8000:10_000]))
     return min(held, key=held.get)
 
 
@@ -57,21 +52,35 @@ def chosen_settings(x0, x1, epsilon):
 @pytest.mark.parametrize("epsilon", [0.1, 1.0, 10.0])
 @pytest.mark.parametrize("d", [2, 16, 64])
 def test_generated_pairs_against_the_published_recipe(d, epsilon):
-    """20,000 fitting pairs (100,000 at d = 64), judging data separate, settings chosen within the fitting data."""
-    n, steps = (100_000, 4000) if d == 64 else (20_000, 10_000)
-    pair = rotated_pair(d, epsilon, key=jr.key(7))
-    (x0, x1), judge = pair.sample(n, key=jr.key(0)), pair.sample(4000, key=jr.key(1))
-    k, rate = chosen_settings(x0, x1, epsilon)
-    fit = functools.partial(gk.bridge.fit_light, x0, x1, epsilon, key=jr.key(4))
-    start = time.perf_counter()
-    ours, _ = fit(k, scale="full", num_steps=steps, learning_rate=rate)
-    middle = time.perf_counter()
-    theirs, _ = fit(50, init="published", start_scale=1.0, num_steps=10_000, learning_rate=PUBLISHED_RATE[epsilon])
-    end = time.perf_counter()
+    """20,000 fitting pairs (50,000 at d = 64), judging data apart, K chosen within the fitting data.
+
+    One row is `-k "16-0.1"`. The pairs and all samples are drawn from seeds no setting was tuned on. Columns: d,
+    epsilon, n, K; ours (cBW2-UVP in percent, divergence of the plans in nats, CPU seconds); the published recipe on
+    the same data; LightSB's published cBW2-UVP; our divergence without the polish, and with it when the ends are
+    n points each of which no two are coupled (there the marginals' own sampling error limits any solver).
+    """
+    n, polish = (50_000, 60) if d == 64 else (20_000, 120)
+    pair = rotated_pair(d, epsilon, key=jr.key(20_311))
+    (x0, x1), judge = pair.sample(n, key=jr.key(20_312)), pair.sample(4000, key=jr.key(20_313))
+    apart, _ = pair.sample(n, key=jr.key(20_314))
+    k = chosen_components(x0, x1, epsilon)
+    fit = functools.partial(gk.bridge.fit_light, epsilon=epsilon, key=jr.key(4))
+    full = functools.partial(fit, num_components=k, scale="full", num_steps=500, polish=polish)
+    start = time.process_time()
+    ours, _ = full(x0, x1)
+    middle = time.process_time()
+    theirs, _ = fit(
+        x0, x1, num_components=50, init="published", start_scale=1.0, num_steps=10_000,
+        learning_rate=PUBLISHED_RATE[epsilon],
+    )  # fmt: skip
+    end = time.process_time()
     (uvp, kl), (their_uvp, their_kl) = scores(pair, ours, judge), scores(pair, theirs, judge)
+    rough = scores(pair, full(x0, x1, polish=0)[0], judge)[1]
+    uncoupled = scores(pair, full(apart, x1)[0], judge)[1]
     tell(
-        f"| {d} | {epsilon} | {n} | {k}, {rate} | {uvp:.4f} | {kl:.4f} | {middle - start:.0f} "
-        f"| {their_uvp:.3f} | {their_kl:.3f} | {end - middle:.0f} | {LIGHTSB[d, epsilon]} |"
+        f"| {d} | {epsilon} | {n} | {k} | {uvp:.4f} | {kl:.4f} | {middle - start:.0f} "
+        f"| {their_uvp:.3f} | {their_kl:.3f} | {end - middle:.0f} | {LIGHTSB[d, epsilon]} "
+        f"| {rough:.4f} | {uncoupled:.4f} |"
     )
     assert uvp <= CEILING[d]
     assert kl <= their_kl / 5
@@ -137,3 +146,21 @@ def test_two_routes_meet():
     neural, _ = gk.bridge.sf2m(x0, x1, 1.0, num_steps=1500, key=jr.key(4))
     ends = jax.jit(lambda b, x: b.sample(x, jnp.array([1.0]), key=jr.key(5))[:, 0])(neural, judge[0])
     assert float(gk.divergence.energy_distance(ends[:2000], judge[1][:2000])) < 0.1
+
+
+@pytest.mark.long
+def test_choosing_components_and_scale():
+    """Objective on held-out points above that of the truth, in nats per point: the table of the page on bridges."""
+    pair = rotated_pair(16, 1.0, key=jr.key(107))
+    (x0, x1), judge = pair.sample(20_000, key=jr.key(100)), pair.sample(4000, key=jr.key(101))
+    objective = jax.jit(lambda bridge: bridge.objective(*judge))
+    truth, table = float(objective(pair.bridge)), {}
+    for scale in ("iso", "diag", "lowrank", "full"):
+        for k in (1, 2, 5, 10, 20):
+            bridge, _ = gk.bridge.fit_light(
+                x0, x1, 1.0, k, scale=scale, num_steps=1000, batch_size=256, rank=4, key=jr.key(4)
+            )
+            table[scale, k] = float(objective(bridge)) - truth
+        tell(f"| {scale} | " + " | ".join(f"{table[scale, k]:.3f}" for k in (1, 2, 5, 10, 20)) + " |")
+    assert table["full", 5] < 0.05
+    assert min(table["diag", k] for k in (1, 2, 5, 10, 20)) > 5 * table["full", 5]
