@@ -231,6 +231,7 @@ def fit_light(
     rank: int = 8,
     start_scale: float = 0.1,
     guard: bool | None = None,
+    noise: float | None = None,
     key: Key[Array, ""],
 ) -> tuple[Bridge, FitReport]:
     r"""Fit a light Schrödinger bridge to unpaired samples of its two ends.
@@ -257,6 +258,9 @@ def fit_light(
         rank: columns of the low-rank family.
         start_scale: initial scale of the published recipe.
         guard: revive dead components; by default with `init="balanced"` and Adam.
+        noise: standard deviation of normal noise added to the samples whenever they are looked at, in the units of the
+            data. It smooths both ends, which keeps fits to few samples from following each of them; choose it, like
+            `num_components`, on samples left out. Default none.
         key: typed PRNG key.
 
     Returns:
@@ -278,22 +282,18 @@ def fit_light(
     """
     check_key(key)
     check_epsilon(epsilon)
-    check_count("num_components", num_components)
-    check_count("num_steps", num_steps)
-    check_count("rank", rank)
     check_choice("scale", scale, KINDS)
     check_choice("init", init, ("balanced", "published"))
     check_choice("optimizer", optimizer, ("adam", "lbfgs"))
-    if learning_rate is not None:
-        check_positive("learning_rate", learning_rate)
-    if batch_size is not None:
-        check_count("batch_size", batch_size)
+    _check_numbers(num_components=num_components, num_steps=num_steps, rank=rank, batch_size=batch_size)
     check_count("polish", polish, minimum=0)
-    check_positive("start_scale", start_scale)
+    _check_numbers(learning_rate=learning_rate, start_scale=start_scale, noise=noise)
     x0, x1 = check_samples(x0, x1, num_components, scale)
     published = init == "published"
-    key_order0, key_order1, key_start, key_steps, key_judge = jr.split(key, 5)
+    batch_size = batch_size or (128 if published else 1024)
+    key_order0, key_order1, key_start, key_steps, key_judge, key_noise = jr.split(key, 6)
     epsilon = jnp.asarray(epsilon, x1.dtype)
+    data = UnpairedBatches(x0, x1, batch_size, None if noise is None else jnp.asarray(noise, x1.dtype))
     few0 = jr.permutation(key_order0, x0)[:MAX_POINTS]
     few1 = jr.permutation(key_order1, x1)[:MAX_POINTS]
     potential = start_bridge(
@@ -302,28 +302,29 @@ def fit_light(
     check_finite("start", potential, "The balanced start failed; try init='published' or more samples.")
     values, revived = [], jnp.zeros((), jnp.int32)
     if optimizer == "adam":
-        batch_size = batch_size or (128 if published else 1024)
         rate = jnp.asarray(learning_rate or (1e-3 if published else 2e-2), x1.dtype)
-        data = UnpairedBatches(x0, x1, batch_size)
-        potential, trace, revived = run_adam(
-            potential,
-            data,
-            LightObjective(),
-            rate,
-            (few0, few1),
-            key_steps,
-            num_steps=num_steps,
-            guard=not published if guard is None else guard,
-            published=published,
-        )
+        guard = not published if guard is None else guard
+        options = {"num_steps": num_steps, "guard": guard, "published": published}
+        few = (few0, few1)
+        potential, trace, revived = run_adam(potential, data, LightObjective(), rate, few, key_steps, **options)
         values.append(trace)
     full_steps = num_steps if optimizer == "lbfgs" else polish
     if full_steps:
-        potential, trace = run_lbfgs(potential, x0, x1, few0, num_steps=full_steps)
-        values.append(trace + light_constant(potential, x0, x1))
+        every0, every1 = data.fixed(key_noise)
+        potential, trace = run_lbfgs(potential, every0, every1, few0, num_steps=full_steps)
+        values.append(trace + light_constant(potential, every0, every1))
     trace = jnp.concatenate(values)
     check_finished(trace, potential)
     return Bridge(potential), FitReport(trace, *judge(potential, few0, few1, key_judge), revived)
+
+
+def _check_numbers(**numbers) -> None:
+    """Refuse counts below one and numbers that are not positive; `None` stands for a default."""
+    for name, value in numbers.items():
+        if value is not None and name in ("num_components", "num_steps", "rank", "batch_size"):
+            check_count(name, value)
+        elif value is not None:
+            check_positive(name, value)
 
 
 def check_finished(values, potential) -> None:

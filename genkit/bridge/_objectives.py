@@ -82,6 +82,7 @@ class UnpairedBatches(eqx.Module):
         x0: samples of the source, shape (n, d).
         x1: samples of the target, shape (m, d).
         batch_size: points of each per batch; `None` takes all of both.
+        noise: standard deviation of normal noise added to every point drawn; `None` adds none.
 
     Example:
         >>> import jax, jax.numpy as jnp, genkit as gk
@@ -93,6 +94,7 @@ class UnpairedBatches(eqx.Module):
     x0: Float[Array, " n d"]
     x1: Float[Array, " m d"]
     batch_size: int | None = eqx.field(static=True)
+    noise: Float[Array, ""] | None = None
 
     def __call__(self, key: Key[Array, ""]) -> tuple[Float[Array, " b d"], Float[Array, " b2 d"]]:
         """Draw one batch with replacement.
@@ -103,12 +105,38 @@ class UnpairedBatches(eqx.Module):
         Returns:
             Points of the source and of the target.
         """
+        key_batch, key0, key1 = (key, None, None) if self.noise is None else jr.split(key, 3)
+        x0, x1 = self._draw(key_batch)
+        return _blur(x0, self.noise, key0), _blur(x1, self.noise, key1)
+
+    def _draw(self, key):
+        """A batch of the points themselves."""
         if self.batch_size is None:
             return self.x0, self.x1
         key0, key1 = jr.split(key)
         index0 = jr.randint(key0, (self.batch_size,), 0, self.x0.shape[0])
         index1 = jr.randint(key1, (self.batch_size,), 0, self.x1.shape[0])
         return self.x0[index0], self.x1[index1]
+
+    def fixed(self, key: Key[Array, ""], *, least: int = 8192) -> tuple[Float[Array, " b d"], Float[Array, " b2 d"]]:
+        """All points, for solvers that look at the same ones again and again; with noise as often as makes `least`.
+
+        Args:
+            key: typed PRNG key.
+            least: least number of points of each end, if noise is added.
+
+        Returns:
+            Points of the source and of the target.
+        """
+        if self.noise is None:
+            return self.x0, self.x1
+        many = lambda x: jnp.tile(x, (-(-least // x.shape[0]), 1))
+        return UnpairedBatches(many(self.x0), many(self.x1), None, self.noise)(key)
+
+
+def _blur(x, noise, key):
+    """Points with normal noise."""
+    return x if noise is None else x + noise * jr.normal(key, x.shape, x.dtype)
 
 
 class MatchingObjective(Objective):

@@ -7,7 +7,7 @@ import optax
 from jaxtyping import ArrayLike, Float, Real
 
 from genkit._core import Phase, Recipe
-from genkit._core._checks import check_choice, check_count
+from genkit._core._checks import check_choice, check_count, check_positive
 
 from ._anchored import anchored_adam
 from ._bridge import Bridge
@@ -29,6 +29,7 @@ def recipe(
     learning_rate: float | None = None,
     batch_size: int | None = None,
     rank: int = 8,
+    noise: float | None = None,
     name: str = "bridge",
 ) -> Recipe:
     """A light bridge as a recipe for `gk.fit` and the command line.
@@ -47,6 +48,7 @@ def recipe(
         learning_rate: as in `fit_light`.
         batch_size: as in `fit_light`.
         rank: columns of the low-rank family.
+        noise: as in `fit_light`.
         name: what the log calls it.
 
     Returns:
@@ -64,6 +66,8 @@ def recipe(
     check_count("num_components", num_components)
     check_choice("scale", scale, KINDS)
     check_choice("init", init, ("balanced", "published"))
+    if noise is not None:
+        check_positive("noise", noise)
     x0, x1 = check_samples(x0, x1, num_components, scale)
     epsilon = jnp.asarray(epsilon, x1.dtype)
 
@@ -82,7 +86,8 @@ def recipe(
     else:
         schedule = optax.cosine_decay_schedule(learning_rate or 2e-2, num_steps)
         optimizer = _of_potential(anchored_adam(schedule, few0, epsilon, few1.mean(0)))
-    data = UnpairedBatches(x0, x1, batch_size or (128 if published else 1024))
+    blur = None if noise is None else jnp.asarray(noise, x1.dtype)
+    data = UnpairedBatches(x0, x1, batch_size or (128 if published else 1024), blur)
     return Recipe(build, data, Phase(LightObjective(), optimizer), num_steps, name=name)
 
 
