@@ -75,7 +75,7 @@ class Bridge(AbstractBridge):
 
     Example:
         >>> import jax, jax.numpy as jnp, genkit as gk
-        >>> bridge = gk.bridge.gaussian(jnp.zeros(2), jnp.eye(2), jnp.ones(2), jnp.eye(2), 1.0)
+        >>> bridge = gk.bridge.gaussian(jnp.zeros(2), jnp.ones(2), jnp.ones(2), jnp.ones(2), 1.0)
         >>> path = bridge.sample(jnp.zeros(2), jnp.linspace(0.0, 1.0, 5), key=jax.random.key(0))
         >>> path.shape, bool(jnp.isfinite(bridge.path_log_prob(jnp.linspace(0.0, 1.0, 5), path)))
         ((5, 2), True)

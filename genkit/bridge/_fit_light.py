@@ -22,24 +22,23 @@ from genkit._core._checks import (
 )
 from genkit._core._fields import trainable
 
+from ._anchored import anchored_adam, find_anchors, run_lbfgs, tidy
 from ._bridge import Bridge
 from ._closed_form import check_epsilon
 from ._matrix_scale import noise_size
-from ._objectives import LightObjective, UnpairedBatches, light_loss, light_optimizer
+from ._objectives import LightObjective, UnpairedBatches, light_constant, light_optimizer
 from ._potential import MixturePotential
 from ._start import MAX_POINTS, balanced_start, published_start
 
 
 KINDS = ("diag", "full", "lowrank", "iso")
-# Log eigenvalues are held in this range: beyond it a component is a point, or uniform, to float32.
-LOG_RANGE = (-14.0, 8.0)
 
 
 class FitReport(eqx.Module):
     """What a fit did.
 
     Args:
-        objective: the (minibatch) objective before each step, shape (num_steps,).
+        objective: the objective before each step (of a minibatch with Adam), shape (num_steps + polish,).
         masses: share of each component among transported source points and among target points, shape (2, K).
         effective_components: 1 / sum(mass^2), the smaller of the two shares.
         end_marginal_error: energy distance 2E|X-Y| - E|X-X'| - E|Y-Y'| between transported source and target.
@@ -51,14 +50,6 @@ class FitReport(eqx.Module):
     effective_components: Float[Array, ""]
     end_marginal_error: Float[Array, ""]
     revived: Any
-
-
-def _tidy(potential: MixturePotential) -> MixturePotential:
-    """Fix the gauge of the weights and keep scales in range."""
-    potential = eqx.tree_at(lambda p: p.log_weights, potential, replace_fn=lambda w: w - jnp.max(w))
-    if not hasattr(potential.scale, "log_values"):
-        return potential
-    return eqx.tree_at(lambda p: p.scale.log_values, potential, replace_fn=lambda s: jnp.clip(s, *LOG_RANGE))
 
 
 def component_masses(
@@ -98,90 +89,44 @@ def _revive(potential, opt_state, x0, x1, key):
     return eqx.combine(copied, rest), jax.tree.map(forget, opt_state), dead
 
 
-def _anchors(potential: MixturePotential, x0: Float[Array, " n d"]) -> Float[Array, " k d"]:
-    """Where each component works: its mean among the source points, from the center."""
-    logits = jax.vmap(lambda x: jax.nn.log_softmax(potential.terms(x, 0.0)))(x0)
-    return jax.nn.softmax(logits, 0).T @ (x0 - potential.center)
-
-
-def _anchored(potential: MixturePotential, anchors: Float[Array, " k d"], sign: float) -> MixturePotential:
-    """Coordinates of a fit: log-weights and end points as they are at the anchors (sign 1), or back (sign -1).
-
-    Far from where a component works, a small change of its scale or shift is a large change of its weight there. At
-    the anchors they hardly interact, which suits Adam, because it scales each number by itself.
-    """
-    moved = potential.scale.apply(anchors)
-    shifts = potential.shifts + sign * moved
-    raw = potential.shifts if sign > 0 else shifts
-    tilt = jnp.sum(anchors * (moved + 2.0 * raw), -1) / (2.0 * potential.epsilon)
-    return eqx.tree_at(lambda p: (p.log_weights, p.shifts), potential, (potential.log_weights + sign * tilt, shifts))
-
-
-def anchored_units(potential: MixturePotential, rate: Float[Array, ""]) -> tuple[Array, Array, Array]:
-    """Arguments of `light_optimizer` in anchored coordinates: ends in widths of the plan, log-weights in nats."""
-    trace = jnp.trace(potential.scale.dense(potential.dim), axis1=-2, axis2=-1)
-    width = jnp.sqrt(potential.epsilon * jnp.mean(trace) / potential.dim)
-    return rate, width, jnp.asarray(jnp.inf, width.dtype)
-
-
 @eqx.filter_jit
-def run_adam(potential, data, objective, optimizer_args, guard_points, key, *, num_steps, guard, published):
+def run_adam(potential, data, objective, rate, guard_points, key, *, num_steps, guard, published):
     """The whole fit as one scan: (potential, objective of each step, number of revivals)."""
-    rate, spread, epsilon = optimizer_args
-    schedule = rate if published else lambda step: rate * 0.5 * (1.0 + jnp.cos(jnp.pi * step / num_steps))
-    optimizer = light_optimizer(schedule, spread, epsilon)
+    guard0, guard1 = guard_points
+    if published:  # one rate for all; the published solver holds epsilon times the log-weights
+        optimizer = light_optimizer(rate, 1.0, 1.0 / potential.epsilon)
+    else:
+        schedule = lambda step: rate * 0.5 * (1.0 + jnp.cos(jnp.pi * step / num_steps))
+        optimizer = anchored_adam(schedule, guard0, potential.epsilon, potential.center)
     mask = trainable(potential)
     period = max(1, num_steps // 40)
-    guard0, guard1 = guard_points
-    inner = lambda potential, anchors: potential if published else _anchored(potential, anchors, 1.0)
-    outer = lambda potential, anchors: potential if published else _anchored(potential, anchors, -1.0)
-    anchors = _anchors(potential, guard0)
-    params, rest = eqx.partition(inner(potential, anchors), mask)
+    params, rest = eqx.partition(potential, mask)
+
+    def look(carry, key):
+        params, opt_state, revived = carry
+        new, opt_state, dead = _revive(eqx.combine(params, rest), opt_state, guard0, guard1, key)
+        if not published:
+            opt_state = opt_state._replace(anchors=find_anchors(new, guard0))
+        return eqx.partition(new, mask)[0], opt_state, revived + dead
 
     def step(carry, index):
-        params, anchors, opt_state, revived = carry
+        params, opt_state, revived = carry
         key_batch, key_guard, key_objective = jr.split(jr.fold_in(key, index), 3)
         batch = data(key_batch)
-        loss = lambda params: objective(Bridge(outer(eqx.combine(params, rest), anchors)), batch, key=key_objective)[0]
+        loss = lambda params: objective(Bridge(eqx.combine(params, rest)), batch, key=key_objective)[0]
         value, gradient = jax.value_and_grad(loss)(params)
         updates, opt_state = optimizer.update(gradient, opt_state, params)
-        params = eqx.partition(_tidy(eqx.combine(optax.apply_updates(params, updates), rest)), mask)[0]
+        params = eqx.partition(tidy(eqx.combine(optax.apply_updates(params, updates), rest)), mask)[0]
+        carry = (params, opt_state, revived)
         if guard:
-
-            def look(args):
-                params, anchors, opt_state, revived = args
-                now = outer(eqx.combine(params, rest), anchors)
-                new, opt_state, dead = _revive(now, opt_state, guard0, guard1, key_guard)
-                anchors = _anchors(new, guard0)
-                return eqx.partition(inner(new, anchors), mask)[0], anchors, opt_state, revived + dead
-
             # Not near the end: what is revived must have time to settle.
             due = (index % period == period - 1) & (index < 0.7 * num_steps)
-            carry = (params, anchors, opt_state, revived)
-            params, anchors, opt_state, revived = jax.lax.cond(due, look, lambda args: args, carry)
-        return (params, anchors, opt_state, revived), value
+            carry = jax.lax.cond(due, look, lambda carry, key: carry, carry, key_guard)
+        return carry, value
 
-    init = (params, anchors, optimizer.init(params), jnp.zeros((), jnp.int32))
-    (params, anchors, _, revived), values = jax.lax.scan(step, init, jnp.arange(num_steps))
-    return _tidy(outer(eqx.combine(params, rest), anchors)), values, revived
-
-
-@eqx.filter_jit
-def _run_lbfgs(potential, x0, x1, *, num_steps):
-    """Full-batch L-BFGS: the objective is deterministic on fixed samples."""
-    params, rest = eqx.partition(potential, trainable(potential))
-    optimizer = optax.lbfgs(memory_size=20)
-    loss = lambda params: light_loss(eqx.combine(params, rest), x0, x1)
-    value_and_grad = optax.value_and_grad_from_state(loss)
-
-    def step(carry, _):
-        params, state = carry
-        value, gradient = value_and_grad(params, state=state)
-        updates, state = optimizer.update(gradient, state, params, value=value, grad=gradient, value_fn=loss)
-        return (optax.apply_updates(params, updates), state), value
-
-    (params, _), values = jax.lax.scan(step, (params, optimizer.init(params)), length=num_steps)
-    return _tidy(eqx.combine(params, rest)), values, jnp.zeros((), jnp.int32)
+    init = (params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    (params, _, revived), values = jax.lax.scan(step, init, jnp.arange(num_steps))
+    return tidy(eqx.combine(params, rest)), values, revived
 
 
 @eqx.filter_jit
@@ -234,6 +179,7 @@ def check_samples(x0: Any, x1: Any, num_components: int, kind: str) -> tuple[Arr
     return x0, x1
 
 
+@eqx.filter_jit
 def start_bridge(
     x0: Array,
     x1: Array,
@@ -279,11 +225,13 @@ def fit_light(
     num_steps: int = 3000,
     init: str = "balanced",
     optimizer: str = "adam",
+    polish: int = 0,
     learning_rate: float | None = None,
     batch_size: int | None = None,
     rank: int = 8,
     start_scale: float = 0.1,
     guard: bool | None = None,
+    noise: float | None = None,
     key: Key[Array, ""],
 ) -> tuple[Bridge, FitReport]:
     r"""Fit a light Schrödinger bridge to unpaired samples of its two ends.
@@ -303,12 +251,16 @@ def fit_light(
         init: `balanced`, or `published` for the recipe of the source below: random targets as shifts, one scale,
             plain Adam with a constant rate, no guard.
         optimizer: `adam` on minibatches, or `lbfgs` on all samples at once.
+        polish: steps of L-BFGS on all samples after Adam: they take out the noise of minibatches.
         learning_rate: step of the log-scales; end points move in widths of the plan, log-weights in nats. Default
             2e-2 with cosine decay; 1e-3 (constant) for the published recipe.
         batch_size: samples of each end per step; default 1024, or 128 for the published recipe.
         rank: columns of the low-rank family.
         start_scale: initial scale of the published recipe.
         guard: revive dead components; by default with `init="balanced"` and Adam.
+        noise: standard deviation of normal noise added to the samples whenever they are looked at, in the units of the
+            data. It smooths both ends, which keeps fits to few samples from following each of them; choose it, like
+            `num_components`, on samples left out. Default none.
         key: typed PRNG key.
 
     Returns:
@@ -330,47 +282,49 @@ def fit_light(
     """
     check_key(key)
     check_epsilon(epsilon)
-    check_count("num_components", num_components)
-    check_count("num_steps", num_steps)
-    check_count("rank", rank)
     check_choice("scale", scale, KINDS)
     check_choice("init", init, ("balanced", "published"))
     check_choice("optimizer", optimizer, ("adam", "lbfgs"))
-    if learning_rate is not None:
-        check_positive("learning_rate", learning_rate)
-    if batch_size is not None:
-        check_count("batch_size", batch_size)
-    check_positive("start_scale", start_scale)
+    _check_numbers(num_components=num_components, num_steps=num_steps, rank=rank, batch_size=batch_size)
+    check_count("polish", polish, minimum=0)
+    _check_numbers(learning_rate=learning_rate, start_scale=start_scale, noise=noise)
     x0, x1 = check_samples(x0, x1, num_components, scale)
     published = init == "published"
-    key_order0, key_order1, key_start, key_steps, key_judge = jr.split(key, 5)
+    batch_size = batch_size or (128 if published else 1024)
+    key_order0, key_order1, key_start, key_steps, key_judge, key_noise = jr.split(key, 6)
     epsilon = jnp.asarray(epsilon, x1.dtype)
+    data = UnpairedBatches(x0, x1, batch_size, None if noise is None else jnp.asarray(noise, x1.dtype))
     few0 = jr.permutation(key_order0, x0)[:MAX_POINTS]
     few1 = jr.permutation(key_order1, x1)[:MAX_POINTS]
     potential = start_bridge(
         few0, few1, epsilon, num_components, scale=scale, init=init, rank=rank, key=key_start, start_scale=start_scale
     )
     check_finite("start", potential, "The balanced start failed; try init='published' or more samples.")
-    if optimizer == "lbfgs":
-        potential, values, revived = _run_lbfgs(potential, x0, x1, num_steps=num_steps)
-    else:
-        batch_size = batch_size or (128 if published else 1024)
+    values, revived = [], jnp.zeros((), jnp.int32)
+    if optimizer == "adam":
         rate = jnp.asarray(learning_rate or (1e-3 if published else 2e-2), x1.dtype)
-        units = (rate, jnp.ones((), x1.dtype), epsilon) if published else anchored_units(potential, rate)
-        data = UnpairedBatches(x0, x1, batch_size)
-        potential, values, revived = run_adam(
-            potential,
-            data,
-            LightObjective(),
-            units,
-            (few0, few1),
-            key_steps,
-            num_steps=num_steps,
-            guard=not published if guard is None else guard,
-            published=published,
-        )
-    check_finished(values, potential)
-    return Bridge(potential), FitReport(values, *judge(potential, few0, few1, key_judge), revived)
+        guard = not published if guard is None else guard
+        options = {"num_steps": num_steps, "guard": guard, "published": published}
+        few = (few0, few1)
+        potential, trace, revived = run_adam(potential, data, LightObjective(), rate, few, key_steps, **options)
+        values.append(trace)
+    full_steps = num_steps if optimizer == "lbfgs" else polish
+    if full_steps:
+        every0, every1 = data.fixed(key_noise)
+        potential, trace = run_lbfgs(potential, every0, every1, few0, num_steps=full_steps)
+        values.append(trace + light_constant(potential, every0, every1))
+    trace = jnp.concatenate(values)
+    check_finished(trace, potential)
+    return Bridge(potential), FitReport(trace, *judge(potential, few0, few1, key_judge), revived)
+
+
+def _check_numbers(**numbers) -> None:
+    """Refuse counts below one and numbers that are not positive; `None` stands for a default."""
+    for name, value in numbers.items():
+        if value is not None and name in ("num_components", "num_steps", "rank", "batch_size"):
+            check_count(name, value)
+        elif value is not None:
+            check_positive(name, value)
 
 
 def check_finished(values, potential) -> None:

@@ -16,7 +16,7 @@ from genkit.divergence import PointCost, sinkhorn_potentials
 
 from ._bridge import AbstractBridge, Bridge, check_times
 from ._closed_form import check_epsilon
-from ._fit_light import KINDS, FitReport, anchored_units, check_finished, check_samples, judge, run_adam, start_bridge
+from ._fit_light import KINDS, FitReport, check_finished, check_samples, judge, run_adam, start_bridge
 from ._objectives import MatchingObjective, UnpairedBatches
 from ._start import MAX_POINTS
 
@@ -150,13 +150,14 @@ def fit_matching(
     x0, x1 = check_samples(x0, x1, num_components, scale)
     key_order0, key_order1, key_start, key_steps, key_judge = jr.split(key, 5)
     epsilon = jnp.asarray(epsilon, x1.dtype)
+    data = _batches(coupling, x0, x1, epsilon, batch_size)
     few = jr.permutation(key_order0, x0)[:MAX_POINTS], jr.permutation(key_order1, x1)[:MAX_POINTS]
     potential = start_bridge(*few, epsilon, num_components, scale=scale, init="balanced", rank=rank, key=key_start)
     potential, values, revived = run_adam(
         potential,
-        _batches(coupling, x0, x1, epsilon, batch_size),
+        data,
         MatchingObjective(t_max),
-        anchored_units(potential, jnp.asarray(learning_rate, x1.dtype)),
+        jnp.asarray(learning_rate, x1.dtype),
         few,
         key_steps,
         num_steps=num_steps,
@@ -348,12 +349,12 @@ def sf2m(
     x0, x1 = check_samples(x0, x1, 1, "diag")
     dim = x0.shape[1]
     epsilon = jnp.asarray(epsilon, x0.dtype)
+    data = _batches(coupling, x0, x1, epsilon, batch_size)
     key_flow, key_score, key_steps = jr.split(key, 3)
     if nets is None:
         make = lambda key: _TimeMLP(eqx.nn.MLP(dim + 1, dim, 64, 3, jax.nn.silu, key=key))
         nets = make(key_flow), make(key_score)
     bridge = NeuralBridge(*nets, epsilon)
-    data = _batches(coupling, x0, x1, epsilon, batch_size)
     bridge, values = _run_sf2m(bridge, data, key_steps, jnp.asarray(learning_rate, x0.dtype), num_steps=num_steps)
     check_finished(values, bridge)
     return bridge, values

@@ -85,10 +85,9 @@ def cbw2_uvp(
 
     Example:
         >>> import jax, jax.numpy as jnp, genkit as gk
-        >>> one = (jnp.ones(1), jnp.zeros((1, 2)), jnp.ones((1, 2)))
-        >>> pair = gk.bridge.mixture_pair(one, one, 0.5)
-        >>> x0, x1 = pair.sample(50, key=jax.random.key(0))
-        >>> bool(gk.bridge.cbw2_uvp(pair.bridge, pair.bridge, x0, x1) < 1e-3)
+        >>> bridge = gk.bridge.gaussian(jnp.zeros(2), jnp.ones(2), jnp.ones(2), jnp.ones(2), 0.5)
+        >>> x = jax.random.normal(jax.random.key(0), (50, 2))
+        >>> bool(gk.bridge.cbw2_uvp(bridge, bridge, x, x + 1.0) < 1e-3)
         True
 
     Source: Gushchin et al., "Building the bridge of Schrödinger", NeurIPS 2023, section 5.
@@ -121,10 +120,9 @@ def plan_kl(
 
     Example:
         >>> import jax, jax.numpy as jnp, genkit as gk
-        >>> one = (jnp.ones(1), jnp.zeros((1, 2)), jnp.ones((1, 2)))
-        >>> pair = gk.bridge.mixture_pair(one, one, 0.5)
-        >>> x0, x1 = pair.sample(50, key=jax.random.key(0))
-        >>> print(gk.bridge.plan_kl(pair.bridge, pair.bridge, x0, x1))
+        >>> bridge = gk.bridge.gaussian(jnp.zeros(2), jnp.ones(2), jnp.ones(2), jnp.ones(2), 0.5)
+        >>> x = jax.random.normal(jax.random.key(0), (50, 2))
+        >>> print(gk.bridge.plan_kl(bridge, bridge, x, x + 1.0))
         0.0
     """
     check_shape("x0", x0, (None, truth.dim))
@@ -157,10 +155,9 @@ def path_kl(
 
     Example:
         >>> import jax, jax.numpy as jnp, genkit as gk
-        >>> one = (jnp.ones(1), jnp.zeros((1, 2)), jnp.ones((1, 2)))
-        >>> pair = gk.bridge.mixture_pair(one, one, 0.5)
-        >>> x0, x1 = pair.sample(50, key=jax.random.key(0))
-        >>> print(gk.bridge.path_kl(pair.bridge, pair.bridge, x0, key=jax.random.key(1)))
+        >>> bridge = gk.bridge.gaussian(jnp.zeros(2), jnp.ones(2), jnp.ones(2), jnp.ones(2), 0.5)
+        >>> x0 = jax.random.normal(jax.random.key(0), (50, 2))
+        >>> print(gk.bridge.path_kl(bridge, bridge, x0, key=jax.random.key(1)))
         0.0
     """
     check_key(key)

@@ -27,10 +27,23 @@ def light_loss(potential: MixturePotential, x0: Float[Array, " n d"], x1: Float[
     Returns:
         A scalar in nats.
     """
-    epsilon = potential.epsilon
     value = lambda x, t: jnp.mean(jax.vmap(lambda x: jax.nn.logsumexp(potential.terms(x, t)))(x))
-    tilt = (jnp.mean(jnp.sum(x0 * x0, -1)) + jnp.mean(jnp.sum(x1 * x1, -1))) / (2.0 * epsilon)
-    return value(x0, 0.0) - value(x1, 1.0) + tilt + 0.5 * potential.dim * jnp.log(2.0 * jnp.pi * epsilon)
+    return value(x0, 0.0) - value(x1, 1.0) + light_constant(potential, x0, x1)
+
+
+def light_constant(potential: MixturePotential, x0: Float[Array, " n d"], x1: Float[Array, " m d"]) -> Float[Array, ""]:
+    """The part of `light_loss` that no parameter moves: second moments of both ends, and the normalizer of v.
+
+    Args:
+        potential: the potential.
+        x0: samples of the source, shape (n, d).
+        x1: samples of the target, shape (m, d).
+
+    Returns:
+        A scalar in nats.
+    """
+    tilt = (jnp.mean(jnp.sum(x0 * x0, -1)) + jnp.mean(jnp.sum(x1 * x1, -1))) / (2.0 * potential.epsilon)
+    return tilt + 0.5 * potential.dim * jnp.log(2.0 * jnp.pi * potential.epsilon)
 
 
 class LightObjective(Objective):
@@ -69,6 +82,7 @@ class UnpairedBatches(eqx.Module):
         x0: samples of the source, shape (n, d).
         x1: samples of the target, shape (m, d).
         batch_size: points of each per batch; `None` takes all of both.
+        noise: standard deviation of normal noise added to every point drawn; `None` adds none.
 
     Example:
         >>> import jax, jax.numpy as jnp, genkit as gk
@@ -80,6 +94,7 @@ class UnpairedBatches(eqx.Module):
     x0: Float[Array, " n d"]
     x1: Float[Array, " m d"]
     batch_size: int | None = eqx.field(static=True)
+    noise: Float[Array, ""] | None = None
 
     def __call__(self, key: Key[Array, ""]) -> tuple[Float[Array, " b d"], Float[Array, " b2 d"]]:
         """Draw one batch with replacement.
@@ -90,12 +105,38 @@ class UnpairedBatches(eqx.Module):
         Returns:
             Points of the source and of the target.
         """
+        key_batch, key0, key1 = (key, None, None) if self.noise is None else jr.split(key, 3)
+        x0, x1 = self._draw(key_batch)
+        return _blur(x0, self.noise, key0), _blur(x1, self.noise, key1)
+
+    def _draw(self, key):
+        """A batch of the points themselves."""
         if self.batch_size is None:
             return self.x0, self.x1
         key0, key1 = jr.split(key)
         index0 = jr.randint(key0, (self.batch_size,), 0, self.x0.shape[0])
         index1 = jr.randint(key1, (self.batch_size,), 0, self.x1.shape[0])
         return self.x0[index0], self.x1[index1]
+
+    def fixed(self, key: Key[Array, ""], *, least: int = 8192) -> tuple[Float[Array, " b d"], Float[Array, " b2 d"]]:
+        """All points, for solvers that look at the same ones again and again; with noise as often as makes `least`.
+
+        Args:
+            key: typed PRNG key.
+            least: least number of points of each end, if noise is added.
+
+        Returns:
+            Points of the source and of the target.
+        """
+        if self.noise is None:
+            return self.x0, self.x1
+        many = lambda x: jnp.tile(x, (-(-least // x.shape[0]), 1))
+        return UnpairedBatches(many(self.x0), many(self.x1), None, self.noise)(key)
+
+
+def _blur(x, noise, key):
+    """Points with normal noise."""
+    return x if noise is None else x + noise * jr.normal(key, x.shape, x.dtype)
 
 
 class MatchingObjective(Objective):
@@ -144,14 +185,14 @@ class MatchingObjective(Objective):
 
 
 def light_optimizer(
-    learning_rate: optax.ScalarOrSchedule, spread: Float[ArrayLike, ""], epsilon: Float[ArrayLike, ""]
+    learning_rate: optax.ScalarOrSchedule, shift_unit: Float[ArrayLike, ""], weight_unit: Float[ArrayLike, ""]
 ) -> optax.GradientTransformation:
-    """Adam in natural units: shifts move in units of `spread`, log-weights in units of spread^2 / epsilon.
+    """Adam with a unit of its own for each kind of parameter.
 
     Args:
         learning_rate: step in logarithms of scales.
-        spread: standard deviation of the target.
-        epsilon: variance of the reference at t = 1.
+        shift_unit: what the shifts move in units of.
+        weight_unit: what the log-weights move in units of.
 
     Returns:
         An optimizer for a `MixturePotential`, or for anything that holds one.
@@ -162,7 +203,7 @@ def light_optimizer(
 
         def scaled(path, leaf):
             name = next((str(entry.name) for entry in reversed(path) if hasattr(entry, "name")), "")
-            unit = {"shifts": spread, "log_weights": jnp.maximum(1.0, spread**2 / epsilon)}.get(name)
+            unit = {"shifts": shift_unit, "log_weights": weight_unit}.get(name)
             return leaf if unit is None else (leaf * unit).astype(leaf.dtype)
 
         return jax.tree_util.tree_map_with_path(scaled, updates)

@@ -20,27 +20,42 @@ MAX_POINTS = 4096
 
 
 def kmeans(
-    x: Float[Array, " n d"], num_clusters: int, *, num_iterations: int = 25, key: Key[Array, ""]
+    x: Float[Array, " n d"],
+    num_clusters: int,
+    *,
+    num_iterations: int = 25,
+    num_restarts: int = 8,
+    key: Key[Array, ""],
 ) -> Float[Array, " k d"]:
-    """Cluster centers by Lloyd's iterations from a k-means++ seeding; an empty cluster keeps its center."""
+    """Cluster centers by Lloyd's iterations from k-means++ seedings; an empty cluster keeps its center.
+
+    The best of several restarts: two clusters that share a center stay so in any fit that starts from them.
+    """
 
     def squares(centers):
         return jnp.sum(x * x, -1)[:, None] - 2.0 * x @ centers.T + jnp.sum(centers * centers, -1)
-
-    def seed(i, carry):
-        centers, nearest = carry
-        logits = jnp.log(jnp.maximum(nearest, 1e-30))
-        center = x[jr.categorical(jr.fold_in(key, i), logits)]
-        return centers.at[i].set(center), jnp.minimum(nearest, jnp.sum((x - center) ** 2, -1))
 
     def lloyd(_, centers):
         member = jax.nn.one_hot(jnp.argmin(squares(centers), 1), num_clusters, dtype=x.dtype)
         count = member.sum(0)[:, None]
         return jnp.where(count > 0, member.T @ x / jnp.maximum(count, 1.0), centers)
 
-    start = (jnp.zeros((num_clusters, x.shape[1]), x.dtype), jnp.ones(x.shape[0], x.dtype))
-    centers, _ = jax.lax.fori_loop(0, num_clusters, seed, start)
-    return jax.lax.fori_loop(0, num_iterations, lloyd, centers)
+    def once(key):
+        def seed(i, carry):
+            centers, nearest = carry
+            logits = jnp.log(jnp.maximum(nearest, 1e-30))
+            center = x[jr.categorical(jr.fold_in(key, i), logits)]
+            return centers.at[i].set(center), jnp.minimum(nearest, jnp.sum((x - center) ** 2, -1))
+
+        # The first center is uniform; any distance is below the one of a point that has no center yet.
+        far = jnp.full(x.shape[0], jnp.finfo(x.dtype).max / x.shape[0], x.dtype)
+        start = (jnp.zeros((num_clusters, x.shape[1]), x.dtype), far)
+        centers, _ = jax.lax.fori_loop(0, num_clusters, seed, start)
+        centers = jax.lax.fori_loop(0, num_iterations, lloyd, centers)
+        return jnp.sum(jnp.min(squares(centers), 1)), centers
+
+    spread, centers = jax.lax.map(once, jr.split(key, num_restarts))
+    return centers[jnp.argmin(spread)]
 
 
 class _Newton(NamedTuple):
@@ -99,6 +114,35 @@ def balance(
     return jax.lax.while_loop(go, body, init).log_weights
 
 
+def shrunk_covariance(z: Float[Array, " n d"]) -> Float[Array, " d d"]:
+    r"""The covariance of centered rows, its correlations drawn to zero by the estimated optimal factor.
+
+    $R \to (1-\lambda) R + \lambda I$ with $\lambda = \sum_{i \ne j} \mathrm{Var}(r_{ij}) / \sum_{i \ne j} r_{ij}^2$:
+    next to nothing for many samples, much where there are about as many as dimensions.
+
+    Args:
+        z: rows of mean zero, shape (n, d).
+
+    Returns:
+        Shape (d, d).
+
+    Source: Schäfer and Strimmer, "A shrinkage approach to large-scale covariance matrix estimation", Statistical
+    Applications in Genetics and Molecular Biology 2005, table 1, target D.
+    """
+    n, d = z.shape
+    variance = jnp.sum(z * z, 0) / (n - 1)
+    floor = 1e-5 * jnp.mean(variance)
+    std = jnp.sqrt(variance + floor)
+    w = z / std
+    mean = w.T @ w / n
+    spread = jnp.maximum((w * w).T @ (w * w) / n - mean**2, 0.0) * n**2 / (n - 1.0) ** 3
+    apart = 1.0 - jnp.eye(d, dtype=z.dtype)
+    factor = jnp.sum(apart * spread) / jnp.maximum(jnp.sum(apart * mean**2), jnp.finfo(z.dtype).tiny)
+    kept = 1.0 - jnp.clip(factor, 0.0, 1.0)
+    correlation = jnp.where(apart > 0, kept * mean * n / (n - 1.0), 1.0)
+    return std[:, None] * correlation * std
+
+
 def _clusters(x1, centers):
     """Masses and shrunken covariances of the clusters."""
     k, d = centers.shape
@@ -107,11 +151,10 @@ def _clusters(x1, centers):
     count = member.sum(0)
     residual = x1 - centers[nearest]
     scatter = jnp.einsum("nk,nd,ne->kde", member, residual, residual, optimize="optimal")
-    pooled = scatter.sum(0) / x1.shape[0]
     # As many pseudo-observations of the pooled covariance as make a cluster of any size well conditioned.
     prior = d + 2.0
     floor = 1e-5 * jnp.trace(jnp.cov(x1.T).reshape(d, d)) / d * jnp.eye(d, dtype=x1.dtype)
-    covs = (scatter + prior * pooled) / (count + prior)[:, None, None] + floor
+    covs = (scatter + prior * shrunk_covariance(residual)) / (count + prior)[:, None, None] + floor
     return (count + 0.5) / (count + 0.5).sum(), covs
 
 
@@ -161,8 +204,7 @@ def balanced_start(
     d = x1.shape[1]
     centers = kmeans(z1, num_components, key=key)
     masses, covs = _clusters(z1, centers)
-    cov0 = jnp.cov(z0.T).reshape(d, d)
-    cov0 = cov0 + 1e-5 * jnp.trace(cov0) / d * jnp.eye(d, dtype=cov0.dtype)
+    cov0 = shrunk_covariance(z0 - z0.mean(0))
     if kind in ("iso", "diag"):  # the Riccati equation of each coordinate alone
         per_axis = riccati(
             jnp.diagonal(cov0)[:, None, None], jnp.diagonal(covs, axis1=-2, axis2=-1)[..., None, None], epsilon

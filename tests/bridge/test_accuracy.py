@@ -36,19 +36,14 @@ def scores(pair, bridge, judge):
     return uvp, float(gk.bridge.plan_kl(pair.bridge, bridge, y0, y1))
 
 
-def chosen_settings(x0, x1, epsilon):
-    """Components and rate by the objective on a fifth of the fitting data, held out from the candidates.
-
-    The judging data play no part; the candidates train for 2,000 steps on the other four fifths.
-    """
-    cut = 4 * len(x0) // 5
+def chosen_components(x0, x1, epsilon):
+    """K by the objective on a fifth of 10,000 fitting pairs, after short fits to the rest; no judging data."""
     held = {}
-    for k in (5, 8):
-        for rate in (1e-2, 2e-2, 5e-2):
-            bridge, _ = gk.bridge.fit_light(
-                x0[:cut], x1[:cut], epsilon, k, scale="full", num_steps=2000, learning_rate=rate, key=jr.key(3)
-            )
-            held[k, rate] = float(bridge.objective(x0[cut:], x1[cut:]))
+    for k in (3, 5, 8):
+        bridge, _ = gk.bridge.fit_light(
+            x0[:8000], x1[:8000], epsilon, k, scale="full", num_steps=300, polish=40, key=jr.key(3)
+        )
+        held[k] = float(bridge.objective(x0[8000:10_000], x1[8000:10_000]))
     return min(held, key=held.get)
 
 
@@ -57,21 +52,33 @@ def chosen_settings(x0, x1, epsilon):
 @pytest.mark.parametrize("epsilon", [0.1, 1.0, 10.0])
 @pytest.mark.parametrize("d", [2, 16, 64])
 def test_generated_pairs_against_the_published_recipe(d, epsilon):
-    """20,000 fitting pairs (100,000 at d = 64), judging data separate, settings chosen within the fitting data."""
-    n, steps = (100_000, 4000) if d == 64 else (20_000, 10_000)
-    pair = rotated_pair(d, epsilon, key=jr.key(7))
-    (x0, x1), judge = pair.sample(n, key=jr.key(0)), pair.sample(4000, key=jr.key(1))
-    k, rate = chosen_settings(x0, x1, epsilon)
-    fit = functools.partial(gk.bridge.fit_light, x0, x1, epsilon, key=jr.key(4))
-    start = time.perf_counter()
-    ours, _ = fit(k, scale="full", num_steps=steps, learning_rate=rate)
-    middle = time.perf_counter()
-    theirs, _ = fit(50, init="published", start_scale=1.0, num_steps=10_000, learning_rate=PUBLISHED_RATE[epsilon])
-    end = time.perf_counter()
+    """20,000 fitting pairs (50,000 at d = 64), judging data apart, K chosen within the fitting data.
+
+    One row is `-k "16-0.1"`. The pairs and all samples are drawn from seeds no setting was tuned on. Columns: d,
+    epsilon, n, K; ours (cBW2-UVP in percent, divergence of the plans in nats, CPU seconds); the published recipe on
+    the same data; LightSB's published cBW2-UVP; our divergence without the polish, and with it when the ends are
+    n points each of which no two are coupled (there the marginals' own sampling error limits any solver).
+    """
+    n, polish = {2: (20_000, 300), 16: (20_000, 150), 64: (50_000, 60)}[d]
+    pair = rotated_pair(d, epsilon, key=jr.key(20_311))
+    (x0, x1), judge = pair.sample(n, key=jr.key(20_312)), pair.sample(40_000, key=jr.key(20_313))
+    apart, _ = pair.sample(n, key=jr.key(20_314))
+    k = chosen_components(x0, x1, epsilon)
+    fit = lambda x0, x1, k, **options: gk.bridge.fit_light(x0, x1, epsilon, k, key=jr.key(4), **options)[0]
+    full = functools.partial(fit, k=k, scale="full", num_steps=500)
+    start = time.process_time()
+    ours = full(x0, x1, polish=polish)
+    middle = time.process_time()
+    rate = PUBLISHED_RATE[epsilon]
+    theirs = fit(x0, x1, 50, init="published", start_scale=1.0, num_steps=10_000, learning_rate=rate)
+    end = time.process_time()
     (uvp, kl), (their_uvp, their_kl) = scores(pair, ours, judge), scores(pair, theirs, judge)
+    rough = scores(pair, full(x0, x1), judge)[1]
+    uncoupled = scores(pair, full(apart, x1, polish=polish), judge)[1]
     tell(
-        f"| {d} | {epsilon} | {n} | {k}, {rate} | {uvp:.4f} | {kl:.4f} | {middle - start:.0f} "
-        f"| {their_uvp:.3f} | {their_kl:.3f} | {end - middle:.0f} | {LIGHTSB[d, epsilon]} |"
+        f"| {d} | {epsilon} | {n} | {k} | {uvp:.4f} | {kl:.4f} | {middle - start:.0f} "
+        f"| {their_uvp:.3f} | {their_kl:.3f} | {end - middle:.0f} | {LIGHTSB[d, epsilon]} "
+        f"| {rough:.4f} | {uncoupled:.4f} |"
     )
     assert uvp <= CEILING[d]
     assert kl <= their_kl / 5
@@ -99,28 +106,58 @@ def test_no_collapse_where_the_published_start_collapses():
     assert min(effective["published"]) < k / 3
 
 
-@pytest.mark.long
-def test_digits_three_to_eight_in_sixteen_components():
-    """Held-out objective better than one full Gaussian and than the published diagonal recipe."""
+def digits_in_components():
+    """Threes and eights in the sixteen principal components of the training digits: (train, test), each (x0, x1)."""
     digits = gk.data.digits()
     split = lambda x, y: [np.asarray(x)[np.asarray(y) == label].reshape(-1, 64) for label in (3, 8)]
     train, test = split(digits.x_train, digits.y_train), split(digits.x_test, digits.y_test)
     both = np.concatenate(train)
     axes = np.linalg.svd(both - both.mean(0), full_matrices=False)[2][:16]
-    (x0, x1), (y0, y1) = ([jnp.asarray((x - both.mean(0)) @ axes.T) for x in part] for part in (train, test))
+    return ([jnp.asarray((x - both.mean(0)) @ axes.T) for x in part] for part in (train, test))
+
+
+def validated(fits, x0, x1, folds=4):
+    """The name of the fit with the lowest objective on points left out, in turns; and every objective."""
+    order = [np.random.default_rng(5).permutation(len(x) // folds * folds).reshape(folds, -1) for x in (x0, x1)]
+    table = {}
+    for name, fit in fits.items():
+        values = []
+        for i in range(folds):
+            rest = [np.delete(rows, i, 0).ravel() for rows in order]
+            bridge = fit(x0[rest[0]], x1[rest[1]])
+            values.append(float(bridge.objective(x0[order[0][i]], x1[order[1][i]])))
+        table[name] = round(float(np.mean(values)), 2)
+    return min(table, key=table.get), table
+
+
+@pytest.mark.long
+def test_digits_three_to_eight_in_sixteen_components():
+    """Held-out objective better than one full Gaussian and than the published diagonal recipe.
+
+    K and noise are chosen by folds of the training digits; the test digits judge once.
+    """
+    (x0, x1), (y0, y1) = digits_in_components()
     epsilon = 0.1
     moments = lambda x: (x.mean(0), jnp.cov(x.T))
     single = gk.bridge.gaussian(*moments(x0), *moments(x1), epsilon)
     published, _ = gk.bridge.fit_light(
         x0, x1, epsilon, 10, init="published", num_steps=10_000, learning_rate=1e-2, key=jr.key(0)
     )
-    ours, _ = gk.bridge.fit_light(
-        x0, x1, epsilon, 2, scale="lowrank", rank=8, num_steps=300, batch_size=128, learning_rate=1e-3, key=jr.key(0)
-    )
+
+    def ours(k, noise):
+        options = {"scale": "full", "num_steps": 500, "batch_size": 256, "noise": noise}
+        return lambda x0, x1: gk.bridge.fit_light(x0, x1, epsilon, k, key=jr.key(0), **options)[0]
+
+    fits = {(k, noise): ours(k, noise) for k in (1, 2, 3, 5) for noise in (0.2, 0.3, 0.4, 0.5)}
+    best, table = validated(fits, x0, x1)
+    start = time.process_time()
+    fitted = fits[best](x0, x1)
+    seconds = time.process_time() - start
     held = {
-        name: float(b.objective(y0, y1)) for name, b in (("single", single), ("published", published), ("ours", ours))
+        name: round(float(bridge.objective(y0, y1)), 2)
+        for name, bridge in (("single", single), ("published", published), ("ours", fitted))
     }
-    tell(held)
+    tell({"folds": table, "chosen": best, "held out": held, "CPU seconds of the fit": round(seconds, 1)})
     assert held["ours"] < held["single"]
     assert held["ours"] < held["published"]
 
@@ -137,3 +174,21 @@ def test_two_routes_meet():
     neural, _ = gk.bridge.sf2m(x0, x1, 1.0, num_steps=1500, key=jr.key(4))
     ends = jax.jit(lambda b, x: b.sample(x, jnp.array([1.0]), key=jr.key(5))[:, 0])(neural, judge[0])
     assert float(gk.divergence.energy_distance(ends[:2000], judge[1][:2000])) < 0.1
+
+
+@pytest.mark.long
+def test_choosing_components_and_scale():
+    """Objective on held-out points above that of the truth, in nats per point: the table of the page on bridges."""
+    pair = rotated_pair(16, 1.0, key=jr.key(107))
+    (x0, x1), judge = pair.sample(20_000, key=jr.key(100)), pair.sample(4000, key=jr.key(101))
+    objective = jax.jit(lambda bridge: bridge.objective(*judge))
+    truth, table = float(objective(pair.bridge)), {}
+    for scale in ("iso", "diag", "lowrank", "full"):
+        for k in (1, 2, 5, 10, 20):
+            bridge, _ = gk.bridge.fit_light(
+                x0, x1, 1.0, k, scale=scale, num_steps=1000, batch_size=256, rank=4, key=jr.key(4)
+            )
+            table[scale, k] = float(objective(bridge)) - truth
+        tell(f"| {scale} | " + " | ".join(f"{table[scale, k]:.3f}" for k in (1, 2, 5, 10, 20)) + " |")
+    assert table["full", 5] < 0.05
+    assert min(table["diag", k] for k in (1, 2, 5, 10, 20)) > 5 * table["full", 5]

@@ -31,11 +31,12 @@ def test_plan_value_and_marginals(points):
     np.testing.assert_allclose(plan.value, plan.cost + 0.3 * (matrix * jnp.log(matrix * 42)).sum(), rtol=1e-10)
 
 
-def test_gradients_of_plan_and_value_against_finite_differences(points):
+@pytest.mark.parametrize("tau", [None, pytest.param(1.3, marks=pytest.mark.slow)])
+def test_gradients_of_plan_and_value_against_finite_differences(points, tau):
     x, y = points
 
     def fn(x, epsilon):
-        plan = gk.bridge.sinkhorn(x, y, epsilon, tol=1e-13)
+        plan = gk.bridge.sinkhorn(x, y, epsilon, tau=tau, tol=1e-13)
         return jnp.sum(plan.plan**2) + plan.value
 
     run = jax.jit(jax.value_and_grad(fn, (0, 1)))
@@ -47,7 +48,7 @@ def test_gradients_of_plan_and_value_against_finite_differences(points):
     np.testing.assert_allclose(slope, (value(x, 0.3 + h) - value(x, 0.3 - h)) / (2 * h), rtol=1e-6)
 
 
-def test_unbalanced_gradient_and_gaussian_closed_form():
+def test_unbalanced_gaussian_closed_form():
     """Unbalanced entropic transport between Gaussians on a grid, against its optimality conditions in closed form.
 
     With quadratic potentials f = a0 - a2 x^2 / 2 and equal ends N(0, s), the fixed point of the soft marginal update is
@@ -77,6 +78,23 @@ def test_unbalanced_gradient_and_gaussian_closed_form():
     middle = np.abs(grid[:, 0]) < 3
     np.testing.assert_allclose(plan.potentials[0][middle], expected[middle], rtol=0, atol=1e-8)
     np.testing.assert_allclose(plan.potentials[1][middle], expected[middle], rtol=0, atol=1e-8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tau", [None, 0.7])
+def test_plan_against_pot(points, tau):
+    """The same plan as POT's, whose cost is twice ours: so are its regularization and its marginal weight."""
+    ot = pytest.importorskip("ot")
+    x, y = points
+    a, b = np.full(6, 1 / 6), np.linspace(1.0, 2.0, 7)
+    b = b / b.sum() * (1.0 if tau is None else 1.5)  # unbalanced: another mass
+    cost = np.asarray(((x[:, None] - y) ** 2).sum(-1))
+    if tau is None:
+        theirs = ot.sinkhorn(a, b, cost, 0.6, method="sinkhorn_log", stopThr=1e-14, numItermax=20_000)
+    else:
+        theirs = ot.unbalanced.sinkhorn_unbalanced(a, b, cost, 0.6, 2 * tau, stopThr=1e-15, numItermax=20_000)
+    plan = gk.bridge.sinkhorn(x, y, 0.3, a=a, b=b, tau=tau, tol=1e-13)
+    np.testing.assert_allclose(plan.plan, theirs, rtol=0, atol=1e-10)
 
 
 def test_gaussian_value_from_a_grid():
