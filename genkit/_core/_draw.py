@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
 from jaxtyping import Array, PyTree
 
 from ._draw_hooks import after_step, before_step
@@ -156,11 +157,13 @@ class Draw(eqx.Module):
     def begun_row(self, state: State, row: Columns, pattern: tuple[bool, ...] | None) -> tuple[State, Any]:
         """One row of the table after what acts at its start."""
         evaluate = lambda s: self.runner(self.context(row, s.y, row.sigma), s.guidance, pattern)
-        idle = lambda s: self._blank(s, row)
         if self.runner.plan == "static":
-            x0, carry, aux, tally = (idle if pattern is None else evaluate)(state)
+            x0, carry, aux, tally = self._blank(state, row) if pattern is None else evaluate(state)
         else:
-            x0, carry, aux, tally = lax.cond(row.evaluate, evaluate, idle, state)
+            blank = self._blank(state, row)
+            made = lax.cond(anywhere(row.evaluate), evaluate, lambda s: blank, state)
+            # Vectorized over samplers, the branch is taken for all where one of them evaluates.
+            x0, carry, aux, tally = jax.tree.map(lambda new, old: jnp.where(row.evaluate, new, old), made, blank)
         history = lax.dynamic_update_index_in_dim(state.history, row.p * state.y + row.q * x0, row.slot, 0)
         base = row.a * state.base + _mix(row.b, history)
         base, y = self._add_noise(base, row.d * base + _mix(row.e, history), row)
@@ -180,14 +183,31 @@ class Draw(eqx.Module):
         source = independent if self.noise is None else self.noise
 
         def drawn(scale: Array, stream: int) -> Array:
-            fresh = lambda: scale * source(self._loop_keys, row, stream, y)
-            return lax.cond(scale != 0, fresh, lambda: jnp.zeros_like(y))
+            fresh = lambda: source(self._loop_keys, row, stream, y)
+            return scale * lax.cond(anywhere(scale != 0), fresh, lambda: jnp.zeros_like(y))
 
         def noisy() -> tuple[Array, Array]:
             first = drawn(row.c, 0)
             return base + first, y + (row.d * first + drawn(row.c_stage, 1))
 
-        return lax.cond((row.c != 0) | (row.c_stage != 0), noisy, lambda: (base, y))
+        return lax.cond(anywhere((row.c != 0) | (row.c_stage != 0)), noisy, lambda: (base, y))
+
+
+@custom_vmap
+def anywhere(flag: Array) -> Array:
+    """A flag; where samplers are vectorized over, whether any of them raises it.
+
+    A branch on it stays a branch then. On a flag of its own for each sampler it would become a selection, for which all
+    that it reads is copied for each of them, weights of networks and keys of the noise included.
+    """
+    return flag
+
+
+@anywhere.def_vmap
+def _any_of_them(axis_size: int, in_batched: list[bool], flag: Array) -> tuple[Array, bool]:
+    """The rule of `anywhere` under `vmap`."""
+    del axis_size
+    return (anywhere(jnp.any(flag, axis=0)) if in_batched[0] else flag), False
 
 
 def independent(keys: Array, row: Columns, stream: int, x: Array) -> Array:

