@@ -53,7 +53,9 @@ def test_bits_per_dimension_of_held_out_digits(record_property):
     assert float(bits.mean()) + 5 * error(bits) < 2.60 < 2.674
 
 
-def test_the_kinetic_path_beside_the_straight_one(record_property):
+@pytest.fixture(scope="module")
+def both_paths():
+    """Energy distances of draws along the kinetic and the straight path, and the energy of the first."""
     # The same network, steps and data; draws by few steps are compared with all digits.
     recipe = gk.load(ROOT / "models/digits_flow.py")
     data = gk.data.digits()
@@ -68,11 +70,21 @@ def test_the_kinetic_path_beside_the_straight_one(record_property):
         table = gd.heun(grid)
         draws = gk.sample(table, model, 1000, key=jr.key(1), cond=jnp.arange(1000) % 10).value.reshape(1000, DIM)
         found[name] = float(gk.divergence.energy_distance(draws, reference))
+    return found, float(kinetic.energy)
+
+
+def test_both_paths_draw_digits(both_paths, record_property):
+    found, energy = both_paths
     record_property("energy distance in 15 evaluations", found)
-    record_property("energy of the kinetic path", float(kinetic.energy))
-    # Less energy does not make better draws here; both are digits (two halves of the data are 0.01 apart or so).
-    assert float(kinetic.energy) < 2.0
-    assert max(found.values()) < 0.04
+    record_property("energy of the kinetic path", energy)
+    assert energy < 2.0
+    assert max(found.values()) < 0.04  # two halves of the data are 0.01 apart or so
+
+
+@pytest.mark.xfail(strict=True, reason="0.0190 against 0.0085: less energy does not make better draws here")
+def test_the_kinetic_path_draws_about_as_well_as_the_straight_one(both_paths):
+    found, _ = both_paths
+    assert found["kinetic"] < 1.5 * found["straight"]
 
 
 def test_teleportation_saves_evaluations_at_equal_quality(vp_model, record_property):
