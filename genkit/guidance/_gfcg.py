@@ -113,7 +113,8 @@ class GFCG(Guidance):
         check(labels, "cond", "integer labels with `gfcg`, whose classifier compares them", cond)
         shape = getattr(model, "shape", None)
         if shape is not None and is_concrete(cond):
-            logits = jax.eval_shape(self.classifier, jax.ShapeDtypeStruct(tuple(shape), jnp.result_type(float)))
+            example = jax.ShapeDtypeStruct(tuple(shape), jnp.result_type(float))
+            logits = jax.eval_shape(lambda x0: jnp.asarray(self.classifier(x0)), example)
             known, most = logits.shape[0] if len(logits.shape) == 1 else np.inf, int(np.max(np.asarray(cond)))
             check(most < known, "cond", f"labels that the classifier of `gfcg` knows, 0 to {known - 1}", most)
 
