@@ -93,7 +93,7 @@ def test_a_network_that_cannot_tell_conditions_apart_at_high_noise_is_still_guid
     run = lambda guidance: gk.sample(sampler(guidance), model, 4, shape=(8,), cond=COND[:4], key=jr.key(1))
     waiting, literal = (run(gg.adaptive(gg.cfg(4.0), 0.99, hysteresis=h)) for h in (True, False))
     baseline = run(gg.cfg(4.0))
-    assert deviation(waiting, baseline) < 0.1 * deviation(literal, baseline)
+    assert deviation(waiting, baseline) < 0.5 * deviation(literal, baseline)
     assert literal.nfe_logical.tolist() == [17] * 4 and int(waiting.nfe_logical.max()) < 32
 
 

@@ -244,35 +244,55 @@ class Bed:
         return row
 
 
+@pytest.fixture(scope="module")
+def beds():
+    """Beds on which nothing was tuned."""
+    return [Bed(seed) for seed in (20, 21, 22)]
+
+
 def tuned_gfcg(classifier):
-    """Tuned on beds 10 to 15.
+    """Tuned on beds 10, 11 and 12.
 
     The temperature makes the classifier, which is exact on clean data and sure of itself on blurred predictions, about
     as sure as the model.
     """
-    confused = gg.gfcg(classifier, 30.0, "odds", skip_below=0.3, temperature=24.0)
-    return gg.interval(gg.cfg(1.3), 0.1, 2.7) + gg.interval(confused, 0.2, 1.5)
+    confused = gg.gfcg(classifier, 20.0, "odds", skip_below=0.1, temperature=15.0)
+    return gg.interval(gg.cfg(1.2), 0.1, 3.5) + gg.interval(confused, 0.2, 1.8)
+
+
+@pytest.fixture(scope="module")
+def judged(beds):
+    """For each bed the best cfg, by distance, and gfcg."""
+    rows = []
+    for bed in beds:
+        plain = [bed.measure(f"cfg({w})", gg.cfg(w)) for w in SCALES]
+        guided = bed.measure("gfcg", tuned_gfcg(bed.classifier), plan="compact")
+        rows.append((min(plain, key=lambda row: row[2]), guided))
+    return rows
 
 
 @pytest.mark.slow
-def test_gfcg_beats_the_best_cfg_at_equal_passes():
-    # Beds on which nothing was tuned; the scale of cfg is the best of each bed. What gfcg skips buys it more steps.
-    rows = []
-    for bed in map(Bed, range(30, 36)):
-        plain = [bed.measure(f"cfg({w})", gg.cfg(w)) for w in SCALES]
-        guided = bed.measure("gfcg", tuned_gfcg(bed.classifier), 46, "compact")
-        rows.append((min(plain, key=lambda row: row[2]), guided))
-        assert guided[0] <= 64 and guided[1] > rows[-1][0][1], "more accurate on every bed"
-    best, guided = np.asarray(rows).mean(axis=0)
+def test_gfcg_beats_the_best_cfg_at_no_more_passes(judged):
+    # Accuracy on every bed, distance on the whole.
+    for best, guided in judged:
+        assert guided[0] <= best[0] == 64 and guided[1] > best[1]
+    best, guided = np.asarray(judged).mean(axis=0)
     LOG.info("means: best cfg %s, gfcg %s", best.round(3), guided.round(3))
     assert guided[1] > best[1] and guided[2] < best[2]
 
 
 @pytest.mark.slow
-def test_weak_to_strong_reflection_beside_extrapolation():
+@pytest.mark.xfail(strict=True, reason="distances .159 .127 .215 beside .201 .165 .207: the last bed is lost")
+def test_gfcg_beats_the_best_cfg_on_every_bed(judged):
+    for best, guided in judged:
+        assert guided[2] < best[2]
+
+
+@pytest.mark.slow
+def test_weak_to_strong_reflection_beside_extrapolation(beds):
     # At equal passes, whatever the outcome: reflecting in every step is guidance of scale 2 to first order, but takes
     # three evaluations where that takes two. Both improve on the model.
-    for bed in map(Bed, (20, 21, 22)):
+    for bed in beds:
         alone = bed.measure("alone, 64 steps", None, 64)
         extrapolated = bed.measure("autoguide(weak, 2)", gg.autoguide(bed.weak, 2.0))
         mirrored = bed.measure("reflect(weak), 22 steps", gg.reflect(bed.weak), 22)
