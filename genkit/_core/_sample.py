@@ -136,7 +136,7 @@ def _with_guidance(sampler: AbstractSampler, guidance: Any) -> AbstractSampler:
         raise ValueError(
             f"`guidance` must be None with {type(sampler).__name__}, which takes none: outside a table there are no "
             "fixed steps, and what a guidance remembers would be wrong after the rejected steps of an adaptive solver; "
-            f"got {describe(guidance)}. One that remembers nothing is passed as a denoiser, "
+            f"got {type(guidance).__name__}. One that remembers nothing is passed as a denoiser, "
             "`gk.guidance.Guided(denoiser, guidance)`."
         )
     if getattr(sampler, "guidance", None) is not None:

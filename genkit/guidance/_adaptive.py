@@ -39,7 +39,7 @@ class Adaptive(Guidance):
 
     def init(self, x: Float[Array, " *shape"]) -> Any:
         """Neither armed nor latched, beside the carry of the guidance."""
-        armed = jnp.asarray(self.space == "x0" or not self.hysteresis)
+        armed = jnp.asarray(not self.hysteresis)
         return {"inner": self.guidance.init(x), "armed": armed, "latched": jnp.asarray(False)}
 
     def plan(self, carry: Any, ctx: Context) -> Mapping[str, bool | Bool[Array, ""]]:
@@ -62,7 +62,8 @@ class Adaptive(Guidance):
         # In bfloat16 and less a cosine near 1 has no digits left: `cosine` works in float32 at least.
         similar = jax.lax.stop_gradient(cosine(a, b))
         agree = similar >= self.threshold
-        # Noise predictions agree at high noise too, so that there it takes a disagreement first.
+        # Predictions agree at high noise too, those of noise always and those of data where a network never learned
+        # better: it takes a disagreement first.
         latched = carry["latched"] | (seen & carry["armed"] & agree)
         armed = carry["armed"] | (seen & ~agree)
         report = {"similarity": jnp.where(seen, similar, jnp.nan), "latched": latched}
@@ -79,13 +80,14 @@ def adaptive(
     need both in batches of their own; otherwise the second evaluation stops with the last of the batch.
 
     Predictions of the data are compared by default. The published rule compares predictions of the noise, which agree
-    at high noise as well (both are nearly `x / sigma`), so that there a draw can latch only after a disagreement.
+    at high noise as well: both are nearly `x / sigma`. So do those of the data beyond the noise levels that a network
+    was trained on. Hence a draw latches only after a disagreement.
 
     Args:
         guidance: any guidance with at least two slots, of which the first is the plain prediction.
         threshold: cosine from which two predictions agree; above 1 never.
         space: `"x0"` compares predictions of the data, `"eps"` of the noise, as published.
-        hysteresis: with `"eps"`, wait for a disagreement first; without it the published rule to the letter.
+        hysteresis: wait for a disagreement first; without it, and with `"eps"`, the published rule to the letter.
 
     Returns:
         A guidance. `Draws.info` holds `similarity` (NaN where not compared) and `latched` per row.

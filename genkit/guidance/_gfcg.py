@@ -6,10 +6,19 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from genkit._core import Context, Guidance, Prediction, Slot
-from genkit._core._checks import check, check_choice, check_finite, check_interval, check_positive, describe
+from genkit._core._checks import (
+    check,
+    check_choice,
+    check_finite,
+    check_interval,
+    check_positive,
+    describe,
+    is_concrete,
+)
 from genkit._core._fields import as_number
 
 
@@ -73,7 +82,7 @@ class GFCG(Guidance):
         """Scale, label of the reference, confusion, and whether the classifier failed."""
         logits = jnp.asarray(self.classifier(x0))
         check(logits.ndim == 1, "classifier", "a function x0 -> logits of shape (classes,)", f"shape {logits.shape}")
-        failed = ~jnp.all(jnp.isfinite(logits))
+        failed = ~jnp.all(jnp.isfinite(logits)) | (ctx.cond >= len(logits))
         logits = jax.nn.log_softmax(jnp.where(failed, 0, logits) / self.temperature)
         probs = jnp.exp(logits)
         label = jnp.clip(ctx.cond, 0, len(probs) - 1)
@@ -102,6 +111,12 @@ class GFCG(Guidance):
         """Refuse draws without labels."""
         labels = cond is not None and jnp.issubdtype(cond.dtype, jnp.integer) and cond.ndim == 1
         check(labels, "cond", "integer labels with `gfcg`, whose classifier compares them", cond)
+        shape = getattr(model, "shape", None)
+        if shape is not None and is_concrete(cond):
+            example = jax.ShapeDtypeStruct(tuple(shape), jnp.result_type(float))
+            logits = jax.eval_shape(lambda x0: jnp.asarray(self.classifier(x0)), example)
+            known, most = logits.shape[0] if len(logits.shape) == 1 else np.inf, int(np.max(np.asarray(cond)))
+            check(most < known, "cond", f"labels that the classifier of `gfcg` knows, 0 to {known - 1}", most)
 
 
 class _Ask(eqx.Module):
@@ -137,8 +152,8 @@ def gfcg(
     undecided is an option.
 
     Args:
-        classifier: `x0 -> logits` of shape `(classes,)`. Where a logit is NaN or infinite, the draw is not guided, and
-            `info["classifier_failed"]` says so.
+        classifier: `x0 -> logits` of shape `(classes,)`. Where a logit is NaN or infinite, or the label of the draw has
+            none, the draw is not guided, and `info["classifier_failed"]` says so.
         scale_max: scale $w_{max}$ at complete confusion.
         confusion: `"1-p"` is $1 - p_c$; `"ratio"` is $p_r / (p_r + p_c)$; `"rival"` is $p_r$. With `"odds"` the scale is
             $w = \min(w_0 + p_r / p_c, w_{max})$: where the prediction is a mixture, a share $p_c$ of the class and a share

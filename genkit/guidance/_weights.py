@@ -221,7 +221,10 @@ def as_weight(scale: Any) -> AbstractWeight:
             f"`scale` must be a number, an array or a weight; got {describe(scale)}. Wrap a function of the noise "
             "level: `gk.guidance.OfNoise(fn)`."
         )
-    value = as_number(scale)
+    try:
+        value = as_number(scale)
+    except TypeError:
+        raise TypeError(f"`scale` must be a number, one number per step, or a weight; got {describe(scale)}.") from None
     return Constant(value) if value.ndim == 0 else PerStep(value)
 
 

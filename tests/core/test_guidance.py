@@ -101,7 +101,7 @@ def test_a_slot_nobody_needs_is_skipped():
     assert len(calls) == int(draws.nfe.sum()) == 4 * 9 and -1 not in calls
 
 
-@pytest.mark.parametrize("n", [1, 2, 5, 8])
+@pytest.mark.parametrize("n", [5, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 8))])
 def test_compaction_runs_only_what_is_needed(n):
     calls = []
     cond = jnp.arange(n) % 3
@@ -160,7 +160,11 @@ def test_static_plan_with_idle_rows():
 @pytest.mark.parametrize(
     ("guidance", "table"),
     [
-        (lambda: gk.guidance.step_adaptive(gk.guidance.cfg(2.0), 2), gd.heun(GRID, churn=(1.0, 0.0, 5.0, 1.0))),
+        pytest.param(
+            lambda: gk.guidance.step_adaptive(gk.guidance.cfg(2.0), 2),
+            gd.heun(GRID, churn=(1.0, 0.0, 5.0, 1.0)),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(lambda: Blend([0]), gd.heun(GRID), marks=pytest.mark.slow),
         pytest.param(
             lambda: gk.guidance.interval(gk.guidance.cfg(2.0), 0.2, 2.0), gd.heun(GRID), marks=pytest.mark.slow
@@ -521,7 +525,7 @@ def test_hooks_are_sorted():
 def test_guidance_is_differentiable():
     def loss(scale):
         guidance = gk.guidance.interval(gk.guidance.cfg(scale), 0.2, 2.0)
-        return jnp.sum(draw(guidance).value ** 2)
+        return jnp.sum(draw(guidance, table=gd.ddim(GRID)).value ** 2)
 
     gradient = jax.grad(loss)(jnp.asarray(2.0))
     slope = (loss(2.01) - loss(1.99)) / 0.02

@@ -84,7 +84,7 @@ CLOSE = {"accuracy": 0.02, "size": 0.02, "saturated": 0.02, "precision": 0.1, "r
 COND = np.arange(500) % 10
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kernel_mixture_of_digits(judge):
     x, y, _, _ = all_digits()
     law = gd.MixtureDenoiser(jnp.ones(len(x)), jnp.asarray(x), jnp.asarray(0.25**2), labels=np.asarray(y))
@@ -156,14 +156,20 @@ def test_trained_digits_with_fewer_evaluations(judge, networks):
         return draws
 
     baseline = run("cfg 2", gg.cfg(2.0))
-    adaptive = run("adaptive .99", gg.adaptive(gg.cfg(2.0), 0.99), "compact")
+    # What all digits share, blank corners above all, makes any two predictions similar: the threshold is nearer to 1.
+    adaptive = run("adaptive .9995", gg.adaptive(gg.cfg(2.0), 0.9995), "compact")
     true = (0, 4, 8, *range(13, 20))
     fit = gg.fit_linear_ag(
         table, strong, gg.cfg(2.0), 200, cond=jnp.arange(200) % 10, true_steps=true, stop=20, key=jr.key(5)
     )
     linear = run("linear_ag", gg.linear_ag(fit))
     early = run("first 10 steps", gg.step_adaptive(gg.cfg(2.0), 10))
-    for name, draws in (("adaptive", adaptive), ("linear_ag", linear), ("first 10", early)):
+    late = run("first 24 steps", gg.step_adaptive(gg.cfg(2.0), 24))
+    for name, draws in (("adaptive", adaptive), ("linear_ag", linear), ("first 10", early), ("first 24", late)):
         LOG.info("%s moved %.4f", name, moved(draws, baseline))
-    assert float(adaptive.nfe.mean()) < 64 and moved(adaptive, baseline) < moved(early, baseline)
-    assert int(linear.nfe[0]) == 42 == int(early.nfe[0]) and moved(linear, baseline) < moved(early, baseline)
+    assert float(adaptive.nfe.mean()) < 0.92 * 64 and moved(adaptive, baseline) < 0.02
+    # A threshold as low as for other data saves more and moves further, but never stops before it has started.
+    eager = run("adaptive .99", gg.adaptive(gg.cfg(2.0), 0.99), "compact")
+    assert 42 < float(eager.nfe.mean()) < float(adaptive.nfe.mean()) and moved(eager, baseline) < 0.1
+    assert int(linear.nfe[0]) == 42 == int(early.nfe[0])
+    assert moved(linear, baseline) < moved(early, baseline) / 2

@@ -56,6 +56,7 @@ def test_scale_zero_is_unconditional():
         assert draws.nfe.tolist() == [15] * 6
 
 
+@pytest.mark.slow
 def test_a_network_guided_by_itself_is_not_guided():
     law = mixture()
     guided = draw(gg.autoguide(law, 3.0), model=law)
@@ -63,6 +64,7 @@ def test_a_network_guided_by_itself_is_not_guided():
     assert guided.nfe.tolist() == [30] * 6  # two slots: that the networks are the same one is not looked for
 
 
+@pytest.mark.slow
 def test_projection_without_its_parts_is_cfg():
     same(draw(gg.apg(4.0, eta=1.0, norm_threshold=np.inf)), draw(gg.cfg(4.0)))
 
@@ -75,6 +77,7 @@ def test_cfgpp_is_cfg_on_a_schedule():
         same(draw(gg.cfgpp(0.6), table=table), draw(gg.cfg(scales), table=table), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_cfgpp_is_the_published_recursion_under_ddim():
     law, x = mixture(), START
     predict_at = lambda x, s, c: np.stack(
@@ -86,6 +89,7 @@ def test_cfgpp_is_the_published_recursion_under_ddim():
     np.testing.assert_allclose(draw(gg.cfgpp(0.6), table=gd.ddim(LEVELS)).value, x, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_guidance_by_the_exact_classifier_is_cfg():
     law = mixture()
     log_prob = lambda x, sigma, cond: law.log_density(x, sigma, cond) - law.log_density(x, sigma) - np.log(4)
@@ -107,6 +111,7 @@ def test_gates_that_are_always_open():
         assert draws.nfe.tolist() == [30] * 6
 
 
+@pytest.mark.slow
 def test_interval_by_steps_and_by_evaluations():
     table = gd.heun(LEVELS)
     inside = lambda level: (np.asarray(level) > 0.3) & (np.asarray(level) <= 3.0)
@@ -122,7 +127,9 @@ def test_interval_by_steps_and_by_evaluations():
         gg.interval(gg.cfg(3.0), 0.3, 3.0, per="row")
 
 
-@pytest.mark.parametrize("target", ["eps", "score", "v", "velocity"])
+@pytest.mark.parametrize(
+    "target", ["v", *(pytest.param(name, marks=pytest.mark.slow) for name in ("eps", "score", "velocity"))]
+)
 def test_linear_sums_are_the_same_in_every_space(target):
     # Weights that sum to one commute with every conversion, which is affine in the prediction.
     x, with_cond, without, away = parts(other=2)

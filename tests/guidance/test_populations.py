@@ -157,6 +157,7 @@ def test_products_by_weights(weights, parts, make):
     assert draws.nfe.tolist() == [400 * len(weights)] * k
 
 
+@pytest.mark.slow
 def test_exact_guidance_differs_from_guidance():
     # D2: (m, s_c, s_u) = (1, 1/2, 1), w = 2: tilted mean 1.143 and standard deviation .378; guidance 1.373, .252.
     k = 2048

@@ -2,6 +2,7 @@
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import pytest
 from guidance.tools import gd, gg, mixture
 
@@ -32,6 +33,7 @@ class Labelled(eqx.Module):
         (lambda: gg.autoguide(Labelled(4, keep=2), 2.0), r"`weak`.*keeps the shape \(3,\); got \(2,\)"),
         (lambda: gg.cfg(2.0) + gg.perturbed(Labelled(4, keep=1), 2.0), r"`perturbed`.*\(3,\); got \(1,\)"),
         (lambda: gg.gfcg(lambda x0: x0, 3.0, weak=Labelled(4, keep=1)), r"`weak`.*\(3,\); got \(1,\)"),
+        (lambda: gg.gfcg(lambda x0: x0[:2], 3.0), "`cond` must be labels that the classifier.*0 to 1; got 2"),
         (lambda: gg.reflect(Labelled(4, keep=2)), r"keeps the shape \(3,\); got \(2,\)"),
     ],
 )
@@ -56,6 +58,29 @@ def test_labels_and_networks_that_do_not_fit(guidance, says):
 def test_a_missing_condition(guidance):
     with pytest.raises(ValueError, match="`cond` must be"):
         gk.sample(gd.ddim(gd.karras(3, 0.1, 2.0)), mixture(), 4, guidance=guidance(), key=jax.random.key(0))
+
+
+def test_a_classifier_of_fewer_classes_spares_what_it_does_not_know():
+    # Without a shape there is nothing to check beforehand: the reports say so, and the others are guided.
+    law = mixture()
+    bare = lambda x, sigma, cond=None: law(x, sigma, cond)
+    draw = lambda guidance: gk.sample(
+        gd.ddim(gd.karras(3, 0.1, 2.0)),
+        bare,
+        4,
+        shape=(3,),
+        cond=[0, 1, 2, 3],
+        guidance=guidance,
+        key=jax.random.key(0),
+    )
+    draws = draw(gg.gfcg(lambda x0: x0[:2], 3.0))
+    assert draws.info["classifier_failed"].all(axis=1).tolist() == [False, False, True, True]
+    assert jnp.allclose(draws.value[2:], draw(None).value[2:]) and not jnp.allclose(draws.value, draw(None).value)
+
+
+def test_scales_that_are_no_numbers():
+    with pytest.raises(TypeError, match="`scale` must be a number"):
+        gg.cfg(["high"])
 
 
 def test_adaptive_solvers_say_why_they_refuse_what_remembers():
