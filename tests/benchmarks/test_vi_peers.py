@@ -112,7 +112,7 @@ def test_pyro(what, name, options, enumerated, right, capsys):
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     loss, slopes, times = getattr(pyro.infer, name)(**options), [], []
-    for _ in range(50 if enumerated else 6000):
+    for _ in range(50 if enumerated else 3000):
         begin = time.perf_counter()
         loss.loss_and_grads(model, guide)
         times.append(time.perf_counter() - begin)

@@ -79,22 +79,25 @@ def steps_of(slope, start, inner, rate=1e-6):
 
 
 def measure(loops, inner, rounds=40, compilations=3):
-    """Median wall time of a step of each, run in alternation, and that of tracing and compiling it."""
+    """Median processor time of a step of each, run in alternation, and that of tracing and compiling it.
+
+    Of the processor: a busy machine's wall clock tells of its neighbors.
+    """
     compile_times: list = [[] for _ in loops]
     compiled: list = [None for _ in loops]
     with without_compilation_cache():
         for _ in range(compilations):
             for i, (run, start) in enumerate(loops):
-                begin = time.perf_counter()
+                begin = time.process_time()
                 fresh = jax.jit(lambda t, run=run: run(t))  # JAX remembers what it has traced by function
                 compiled[i] = fresh.lower(start).compile()
-                compile_times[i].append(time.perf_counter() - begin)
+                compile_times[i].append(time.process_time() - begin)
     times = [[] for _ in loops]
     for _ in range(rounds):
         for run, (_, start), seen in zip(compiled, loops, times, strict=True):
-            begin = time.perf_counter()
+            begin = time.process_time()
             jax.block_until_ready(run(start))
-            seen.append((time.perf_counter() - begin) / inner)
+            seen.append((time.process_time() - begin) / inner)
     median = lambda lists: [float(np.median(seen)) for seen in lists]
     return median(times), median(compile_times)
 
@@ -226,9 +229,9 @@ def test_compile_time_grows_slowly_with_enumerated_sites(capsys):
     with without_compilation_cache():
         for length in (1, 2, 4, 8, 11):
             fn = jax.jit(jax.grad(lambda t, n=length: vi.E(lambda: chain(t, n))(key=jr.key(0))))
-            begin = time.perf_counter()
+            begin = time.process_time()
             fn.lower(0.3).compile()
-            seconds[length] = time.perf_counter() - begin
+            seconds[length] = time.process_time() - begin
     with capsys.disabled():
         print("\ncompile time by enumerated sites: " + ", ".join(f"{n}: {s:.2f} s" for n, s in seconds.items()))
     assert seconds[8] <= 16 * seconds[2]
