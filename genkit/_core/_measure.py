@@ -93,4 +93,5 @@ def as_measure(thing: Any) -> Measure:
         return thing
     if isinstance(thing, dist.Distribution):
         return DistributionMeasure(thing)
-    raise TypeError(f"`measure` must be a genkit Measure or a numpyro distribution; got {describe(thing)}.")
+    hint = " A model or guide becomes one with `gk.vi.program(fn)(*args)`." if callable(thing) else ""
+    raise TypeError(f"`measure` must be a genkit Measure or a numpyro distribution; got {describe(thing)}.{hint}")

@@ -133,6 +133,13 @@ class Fit(eqx.Module):
         key_build, key_train, key_draw = jax.random.split(key, 3)
         model = program(problem.model)(*problem.args, **problem.kwargs)
         start = self._build(problem, key_build)
+        check(
+            any(eqx.is_inexact_array(leaf) for leaf in jax.tree.leaves(start)),
+            "guide",
+            "a module or measure with at least one floating array to train",
+            self.guide,
+            "Make it an `eqx.Module`, or take a guide with `numpyro.param` sites over with `gk.vi.from_numpyro`.",
+        )
         guide, history = self._train(model, problem, start, key_train)
         return _posterior(model, problem, self, (guide, history), key_draw)
 

@@ -15,6 +15,7 @@ from numpyro.distributions import biject_to
 from .._core._checks import check, check_count, check_key, check_positive
 from .._core._measure import Measure
 from ._guide_bases import AbstractBase, Coupling, CouplingFlow, DiagonalNormal, FullNormal, LowRankNormal
+from ._laws import lane_shape, lanes, unmask
 from ._program import program
 from ._run import Record
 
@@ -171,6 +172,7 @@ def layout_of(model: Any, *args: Any, **kwargs: Any) -> tuple[Layout, Array]:
     Raises:
         ValueError: for a model without continuous latent sites, or with discrete or subsampled ones.
     """
+    model = numpyro.handlers.substitute(model, substitute_fn=_start_improper)
     record: Record = program(model)(*args, **kwargs).trace("draw", key=jr.key(0))
     check(not record.indices, "model", "without subsampled plates for an automatic guide", str(list(record.indices)))
     names, shapes, transforms = [], [], []
@@ -194,6 +196,17 @@ def layout_of(model: Any, *args: Any, **kwargs: Any) -> tuple[Layout, Array]:
     flat = jnp.stack([layout.unconstrain(d)[0] for d in draws])
     start = jnp.clip(jnp.nan_to_num(jnp.median(flat, 0)), -2.0, 2.0)
     return layout, start
+
+
+def _start_improper(site: dict) -> Any:
+    """A value for a latent site whose law is improper, so that nothing can be drawn from it: amid its space."""
+    if site["type"] != "sample" or site["is_observed"]:
+        return None
+    law = unmask(site["fn"])
+    if not isinstance(lanes(law), dist.ImproperUniform):
+        return None
+    transform = biject_to(law.support)
+    return transform(jnp.zeros(transform.inverse_shape(lane_shape(law))))
 
 
 def mean_field(model: Any, *args: Any, init_scale: float = 0.1, **kwargs: Any) -> Guide:

@@ -35,6 +35,25 @@ def unchecked(law: dist.Distribution) -> dist.Distribution:
     return law
 
 
+def smooth(law: dist.Distribution) -> dist.Distribution:
+    """The law with its logits a hair off zero, which is where many guides start.
+
+    numpyro writes the softplus of Bernoulli and Binomial logits as `clip(x, 0) + log1p(exp(-abs(x)))`. At exactly zero
+    JAX takes half the slope of the first and the right-hand slope of the second: together 0 where 1/2 is right. Values
+    do not change.
+    """
+    if type(law) in (dist.BernoulliLogits, dist.BinomialLogits):
+        hair = float(jnp.finfo(jnp.result_type(float, law.logits)).tiny)
+        law = copy.copy(law)
+        law.logits = law.logits + hair
+    elif isinstance(law, (dist.MaskedDistribution, dist.ExpandedDistribution, dist.Independent)):
+        inner = smooth(law.base_dist)
+        if inner is not law.base_dist:
+            law = copy.copy(law)
+            law.base_dist = inner
+    return law
+
+
 def is_everywhere(law: dist.Distribution) -> bool:
     """Whether the support is the whole real space."""
     support = law.support

@@ -3,16 +3,15 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.lax import stop_gradient
 from numpyro.distributions import constraints
 
 from .._core._checks import is_concrete
 from .._core._measure import as_measure
-from ._frame import Frame, Term, active, total
+from ._frame import active
 from ._program import Program, evaluate, simulate, weigh
-from ._run import Record, Site
+from ._run import Record
 
 
 def draw_and_weigh(p: Any, q: Any) -> tuple[Any, Any, Any, Record | None, Record | None]:
@@ -97,72 +96,3 @@ def frozen_log_density(measure: Any, value: Any) -> Any:
             "it. Use the plain pathwise estimator."
         ) from error
     return converted(value, *[stop_gradient(c) for c in constants])
-
-
-# --- Rao-Blackwellisation -----------------------------------------------------------------------------------------
-
-
-def elbo_terms(frame: Frame, p_record: Record, q_record: Record) -> list[Term] | None:
-    """Split log p - log q into site costs, each with only the scores it can depend on.
-
-    A cost is independent of a draw made after it in the guide's order (its score has mean zero given the past), and
-    inside a shared plate lane `n` of the cost depends on lane `n` of the draw only, provided no latent site outside
-    the plate comes later in the guide (it could mix the lanes).
-    """
-    if not frame.scores and not frame.group:
-        return None
-    order = {name: i for i, name in enumerate(q_record.sites)}
-    by_address: dict[str, list[str]] = {}
-    for name, site in q_record.sites.items():
-        by_address.setdefault(site.address, []).append(name)
-    reach, latest = {}, -1
-    for name in p_record.sites:  # the latest guide site a model cost can involve
-        latest = max(latest, order.get(name, -1))
-        reach[name] = latest
-    if any(name not in p_record.sites for name, s in q_record.sites.items() if not (s.auxiliary or s.observed)):
-        return None
-    has_auxiliary = any(s.auxiliary for s in q_record.sites.values())
-
-    def score_of(entries: list, cost: Site, last: int) -> Any:
-        out = None
-        for entry in entries:
-            names = by_address.get(entry.address)
-            part = jnp.sum(entry.log_prob)
-            if names is not None and not has_auxiliary:
-                first = min(order[n] for n in names)
-                if last < first:
-                    continue
-                mixing = [s for n, s in q_record.sites.items() if order[n] > first and not s.observed]
-                part = _align(entry, cost, mixing)
-            out = part if out is None else out + part
-        return out
-
-    terms = []
-    for sign, record, last_of in ((1.0, p_record, reach), (-1.0, q_record, order)):
-        for name, site in record.sites.items():
-            value = sign * (site.log_prob if site.scale is None else site.scale * site.log_prob)
-            score = score_of(frame.scores, site, last_of[name])
-            group = score_of(frame.group, site, last_of[name])
-            group = None if group is None else jnp.broadcast_to(group, jnp.shape(value))
-            terms.append(Term(value, score, group))
-    return terms
-
-
-def _align(entry: Any, cost: Site, mixing: list[Site]) -> Any:
-    """Sum a score over all dimensions but the plates it shares with the cost."""
-    shared = set()
-    for plate in entry.plates:
-        same = any(other.name == plate.name and other.dim == plate.dim for other in cost.plates)
-        if same and all(any(o.name == plate.name for o in site.plates) for site in mixing):
-            shared.add(plate.dim)
-    ndim = jnp.ndim(entry.log_prob)
-    summed = tuple(i for i in range(ndim) if i - ndim not in shared)
-    return jnp.sum(entry.log_prob, summed, keepdims=bool(shared))
-
-
-def with_rest(frame: Frame, own: Any) -> Any:
-    """Scores of everything else in the run, added to `own`."""
-    rest = total(frame.scores)
-    if own is None:
-        return rest
-    return own if rest is None else own + rest

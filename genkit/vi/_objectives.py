@@ -9,13 +9,14 @@ from jax.lax import stop_gradient
 from jaxtyping import Array, Float, Shaped
 from numpyro.distributions.kl import kl_divergence
 
-from .._core._checks import check, check_choice, check_count, is_concrete
+from .._core._checks import check, check_choice, check_count, check_interval, is_concrete
 from .._core._measure import as_measure
 from ._control import along_plate
 from ._copies import looped_apart, one_by_one, probe
+from ._costs import elbo_terms, with_rest
 from ._frame import Score as ScoreTerm, Term, magic, require_frame
 from ._laws import unmask
-from ._matching import draw_and_weigh, elbo_terms, frozen_log_density, with_rest
+from ._matching import draw_and_weigh, frozen_log_density
 from ._multishot import RLOO
 from ._policy import LEAVE_ONE_OUT
 from ._program import simulate
@@ -29,7 +30,8 @@ def elbo(
     r"""The evidence lower bound $E_q[\log p - \log q]$; maximize.
 
     When exactly this scalar is returned from the function under `E`, the scores of its sites multiply only the costs
-    that depend on them (later in program order, same lane of a shared plate).
+    that depend on them: directly or through other draws, as the flow of data through both programs says (program order
+    where Python branches on a draw), and in a shared plate lane by lane.
 
     Args:
         p: the unnormalised model, a program with its observations.
@@ -73,7 +75,7 @@ def elbo(
         log_q = frozen_log_density(q, value)
     out = log_p - log_q
     if rao_blackwell and not stick_the_landing and p_record is not None and q_record is not None:
-        terms = elbo_terms(frame, p_record, q_record)
+        terms = elbo_terms(frame, p, q, p_record, q_record)
         if terms is not None:
             frame.registered = (out, terms)
     return out
@@ -237,6 +239,9 @@ def cubo(p: Any, q: Any, n: float, num_particles: int) -> Float[Array, ""]:
     Returns:
         A scalar estimate of the bound.
 
+    Raises:
+        ValueError: for an order below 1.
+
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist
         >>> from genkit import vi
@@ -250,6 +255,7 @@ def cubo(p: Any, q: Any, n: float, num_particles: int) -> Float[Array, ""]:
 
     Source: Dieng et al., "Variational Inference via chi Upper Bound Minimization", NeurIPS 2017, equation 4.
     """
+    check_interval("n", n, 1)
     return renyi(p, q, 1 - n, num_particles)
 
 

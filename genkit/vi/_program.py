@@ -14,8 +14,8 @@ from .._core._checks import check_key, describe
 from .._core._measure import DistributionMeasure, Measure, as_measure
 from ._expectation import draw_site
 from ._frame import current_frame, require_frame
-from ._laws import unchecked
-from ._run import Record, Run, run_program
+from ._laws import smooth, unchecked
+from ._run import Record, Run, glob_match, run_program
 from ._strategies import Strategy
 
 
@@ -123,7 +123,30 @@ class Program(Measure):
             frame=frame,
             on_site=on_site,
         )
-        return run_program(lambda: self.fn(*self.args, **self.kwargs), run)
+        record = run_program(lambda: self.fn(*self.args, **self.kwargs), run)
+        self._check_names(record)
+        return record
+
+    def _check_names(self, record: Record) -> None:
+        """Refuse observations and strategies for sites that are not there, or not to be had."""
+        known = ", ".join(sorted(record.sites)) or "none"
+        for name in self.data:
+            if name not in record.sites:
+                raise ValueError(f"`values` must name sites of the program; got {name!r} (its sites: {known}).")
+            if name in record.observed:
+                raise ValueError(
+                    f"`values` must name latent sites of the program; got {name!r}, which it observes itself. Pass "
+                    "the data as an argument of the program instead."
+                )
+        for pattern, strategy in self.strategies:
+            matched = [name for name in record.sites if glob_match(name, pattern)]
+            if not matched:
+                raise ValueError(f"`strategies` must name sites of the program; got {pattern!r} (its sites: {known}).")
+            if all(record.sites[name].observed for name in matched):
+                raise ValueError(
+                    f"`grad` must be None at an observed site; got {type(strategy).__name__} at {pattern!r}. Observed "
+                    "sites are not drawn."
+                )
 
     def sample(self, *, key: Key[Array, ""]) -> tuple[PyTree, Float[Array, ""]]:
         """Draw all latent sites; auxiliary sites count in the density but are not returned.
@@ -278,7 +301,7 @@ def simulate(measure: Any) -> tuple[Any, Any, Record | None]:
         return public_value(record), record.log_density, record
     scope = frame.fresh("draw")
     if isinstance(measure, DistributionMeasure):
-        law = measure.distribution
+        law = smooth(measure.distribution)
         value, intermediates = draw_site(frame, scope, law, None)
         plain = unchecked(law)
         log_prob = plain.log_prob(value, intermediates) if intermediates else plain.log_prob(value)
@@ -307,6 +330,8 @@ def evaluate(measure: Any, value: Any, *, key: Any = None, strict: bool = True, 
 def weigh(measure: Any, value: Any) -> Any:
     """The log-density inside `E`, estimated ones in the surrounding expectation."""
     measure = as_measure(measure)
+    if isinstance(measure, DistributionMeasure):
+        measure = DistributionMeasure(smooth(measure.distribution))
     frame = current_frame()
     if frame is None:
         return measure.log_density(value, key=None)

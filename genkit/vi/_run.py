@@ -16,7 +16,7 @@ from numpyro.primitives import Messenger
 from .._core._checks import NonFiniteError, is_concrete
 from ._expectation import draw_site
 from ._frame import Frame, current_frame, draw_law, fold_name, trace_state
-from ._laws import is_everywhere, unchecked, unmask
+from ._laws import is_everywhere, smooth, unchecked, unmask
 from ._strategies import Strategy
 
 
@@ -43,6 +43,7 @@ class Record:
         self.deterministic: dict[str, Any] = {}
         self.sites: dict[str, Site] = {}
         self.used: set[str] = set()
+        self.observed: set[str] = set()  # by the program itself, not by `condition`
         self.keys = 0
 
     @property
@@ -131,7 +132,7 @@ class Run(Messenger):
     # --- one method per message type --------------------------------------------------------------------------
 
     def _sample(self, msg: dict) -> None:
-        name, law = msg["name"], msg["fn"]
+        name, law = msg["name"], smooth(msg["fn"])
         named = msg["infer"].get("grad")
         if name in self.record.sites:
             raise ValueError(
@@ -139,6 +140,8 @@ class Run(Messenger):
                 "index to the name."
             )
         observed = msg["is_observed"]
+        if observed:
+            self.record.observed.add(name)
         if not observed and name in self.data:
             msg["value"], observed = self.data[name], True
         if observed and named is not None:
@@ -147,7 +150,7 @@ class Run(Messenger):
                 "Observed sites are not drawn."
             )
         if self.mode == "boundary":
-            self._directly(msg, named, observed)
+            self._directly(msg, law, named, observed)
             return
         sample_shape = msg["kwargs"].get("sample_shape", ())
         if sample_shape:
@@ -169,7 +172,7 @@ class Run(Messenger):
         if not observed:
             (self.record.auxiliary if auxiliary else self.record.values)[name] = msg["value"]
 
-    def _directly(self, msg: dict, named: Strategy | None, observed: bool) -> None:
+    def _directly(self, msg: dict, law: Any, named: Strategy | None, observed: bool) -> None:
         """A site written straight into the function under `E`: only its draw matters."""
         if observed:
             raise ValueError(
@@ -179,7 +182,7 @@ class Run(Messenger):
         if msg["value"] is None:
             assert self.frame is not None  # this mode is that of `E`
             plates = tuple(msg["cond_indep_stack"])
-            msg["value"], _ = draw_site(self.frame, msg["name"], msg["fn"], named, plates)
+            msg["value"], _ = draw_site(self.frame, msg["name"], law, named, plates)
 
     def _latent(self, name: str, law: dist.Distribution, named: Any, msg: dict) -> tuple[Any, Any, str, bool]:
         """The value of a site that is neither observed nor already set by another handler.
@@ -198,7 +201,9 @@ class Run(Messenger):
             value = self.values[name]
             want = tuple(law.batch_shape) + tuple(law.event_shape)
             if np.shape(value) != want:
-                raise ValueError(f"`value` at site {name!r} must have shape {want}; got {np.shape(value)}.")
+                raise ValueError(
+                    f"`value` at site {name!r} must have shape {want}, as the program draws it; got {np.shape(value)}."
+                )
             return value, (), name, inside
         strategy = self._strategy(name, named)
         if self.frame is not None:

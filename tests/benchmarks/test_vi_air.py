@@ -1,4 +1,7 @@
-"""Attend, infer, repeat: count accuracy and seconds per epoch of every strategy for the site that has no gradient."""
+"""Attend, infer, repeat: count accuracy and seconds per epoch of every strategy for the site that has no gradient.
+
+Each cell of the table is a test of its own (`-k` picks some); the last test compares, from cells that ran or anew.
+"""
 
 import importlib.util
 import time
@@ -49,15 +52,27 @@ def learn(air, strategy, num_particles, options, folder):
     return accuracy, float(np.median(seconds))
 
 
-def test_count_accuracy_by_strategy(tmp_path, capsys):
-    air = load_air()
-    fourth, last = {}, {}
-    for name, (strategy, num_particles, options) in STRATEGIES.items():
-        accuracy, seconds = learn(air, strategy, num_particles, options, tmp_path / name)
-        fourth[name], last[name] = accuracy[3], accuracy[-1]
-        with capsys.disabled():
-            shown = "  ".join(f"{accuracy[e - 1]:.3f}" for e in SHOWN)
-            print(f"\n{name:24} {shown}   {seconds:.2f} s per epoch", end="", flush=True)
-    assert min(last["Enum"], last["MVD"]) > 0.97
+SEEN = {}
+
+
+def cell(name, folder):
+    """Accuracy by epoch of a strategy, learned once per session."""
+    if name not in SEEN:
+        strategy, num_particles, options = STRATEGIES[name]
+        SEEN[name] = learn(load_air(), strategy, num_particles, options, folder / "run")
+    return SEEN[name]
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_strategy_learns_to_count(name, tmp_path, capsys):
+    accuracy, seconds = cell(name, tmp_path)
+    with capsys.disabled():
+        shown = "  ".join(f"{accuracy[e - 1]:.3f}" for e in SHOWN)
+        print(f"\n{name:24} {shown}   {seconds:.2f} s per epoch")
+    assert accuracy[-1] > (0.97 if "Enum" in name or name == "MVD" else 0.9)
+
+
+def test_exact_strategies_are_well_above_plain_scores(tmp_path):
+    fourth = {name: cell(name, tmp_path / name)[0][3] for name in ("Enum", "MVD", "Score", "Score, all costs")}
     assert min(fourth["Enum"], fourth["MVD"]) > fourth["Score"] + 0.1
     assert min(fourth["Enum"], fourth["MVD"]) > fourth["Score, all costs"] + 0.1

@@ -1,5 +1,10 @@
-"""Gradient steps of programs against hand-written JAX and numpyro's SVI losses: the same estimator on every side."""
+"""Gradient steps of programs against hand-written JAX and numpyro's SVI losses: the same estimator on every side.
 
+Run it without the run-time checks of types that the suite adds:
+`python -m pytest tests/benchmarks/test_vi_steps.py -m benchmark -n 0 -s -o addopts=--import-mode=importlib`.
+"""
+
+import contextlib
 import math
 import time
 
@@ -58,40 +63,71 @@ def by_numpyro(t, key):
 
 
 def in_a_loop(fn, start, inner):
-    """`inner` gradient steps of the mean over particles, as one compiled function."""
+    """`inner` gradient steps of the mean over particles, as one function to compile."""
 
     def mean(t, key):
         return jnp.mean(jax.vmap(lambda k: fn(t, k))(jr.split(key, PARTICLES)))
 
+    return steps_of(jax.grad(mean), start, inner)
+
+
+def steps_of(slope, start, inner, rate=1e-6):
     def step(t, i):
-        slope = jax.grad(mean)(t, jr.fold_in(jr.key(0), i))
-        return jax.tree.map(lambda a, b: a + 1e-6 * b, t, slope), None
+        return jax.tree.map(lambda a, b: a + rate * b, t, slope(t, jr.fold_in(jr.key(0), i))), None
 
-    return jax.jit(lambda t: jax.lax.scan(step, t, jnp.arange(inner))[0]), start
+    return lambda t: jax.lax.scan(step, t, jnp.arange(inner))[0], start
 
 
-def measure(loops, inner, rounds=40):
-    """The least processor time of a step of each, run in alternation, and that of compiling it."""
-    compiled, compile_times = [], []
-    for loop, start in loops:
-        begin = time.process_time()
-        compiled.append((loop.lower(start).compile(), start))
-        compile_times.append(time.process_time() - begin)
+def measure(loops, inner, rounds=40, compilations=3):
+    """Median processor time of a step of each, run in alternation, and that of tracing and compiling it.
+
+    Of the processor: a busy machine's wall clock tells of its neighbors.
+    """
+    compile_times: list = [[] for _ in loops]
+    compiled: list = [None for _ in loops]
+    with without_compilation_cache():
+        for _ in range(compilations):
+            for i, (run, start) in enumerate(loops):
+                begin = time.process_time()
+                fresh = jax.jit(lambda t, run=run: run(t))  # JAX remembers what it has traced by function
+                compiled[i] = fresh.lower(start).compile()
+                compile_times[i].append(time.process_time() - begin)
     times = [[] for _ in loops]
     for _ in range(rounds):
-        for (run, start), seen in zip(compiled, times, strict=True):
-            begin = time.process_time()  # of the processor: a busy machine's wall clock tells of its neighbors
+        for run, (_, start), seen in zip(compiled, loops, times, strict=True):
+            begin = time.process_time()
             jax.block_until_ready(run(start))
             seen.append((time.process_time() - begin) / inner)
-    return [float(np.min(seen)) for seen in times], compile_times
+    median = lambda lists: [float(np.median(seen)) for seen in lists]
+    return median(times), median(compile_times)
 
 
-def report(capsys, what, names, times, compile_times):
+@contextlib.contextmanager
+def without_compilation_cache():
+    before = jax.config.read("jax_enable_compilation_cache")
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+
+
+NAMES = ("genkit", "by hand", "numpyro")
+
+
+def report(capsys, what, times, compile_times, names=NAMES):
     with capsys.disabled():
         parts = [
             f"{n} {1e6 * t:.1f} us, compiled in {c:.2f} s" for n, t, c in zip(names, times, compile_times, strict=True)
         ]
-        print(f"\n{what}: " + "; ".join(parts) + f"; ratio to hand-written {times[0] / times[1]:.3f}")
+        ratios = f"step / by hand {times[0] / times[1]:.3f}, / numpyro {times[0] / times[2]:.3f}"
+        print(f"\n{what}: " + "; ".join(parts) + f"; {ratios}, compiling {compile_times[0] / compile_times[1]:.2f}")
+
+
+def assert_bars(times, compile_times):
+    assert times[0] <= 1.10 * times[1]
+    assert times[0] <= 1.00 * times[2]
+    assert compile_times[0] <= 1.5 * compile_times[1]
 
 
 POINT = (2.0, 0.1, -2.0, -1.0)
@@ -100,9 +136,8 @@ POINT = (2.0, 0.1, -2.0, -1.0)
 def test_cone_elbo_step(capsys):
     loops = [in_a_loop(fn, jnp.array(POINT), 200) for fn in (ours, hand_elbo, by_numpyro)]
     times, compile_times = measure(loops, 200)
-    report(capsys, f"cone ELBO, {PARTICLES} particles", ("genkit", "by hand", "numpyro"), times, compile_times)
-    assert times[0] <= 1.10 * times[1]
-    assert times[0] <= 1.05 * times[2]
+    report(capsys, f"cone ELBO, {PARTICLES} particles", times, compile_times)
+    assert_bars(times, compile_times)
 
 
 def test_cone_iwelbo_step(capsys):
@@ -116,9 +151,8 @@ def test_cone_iwelbo_step(capsys):
 
     loops = [in_a_loop(fn, jnp.array(POINT), 100) for fn in (mine, hand, peer)]
     times, compile_times = measure(loops, 100)
-    report(capsys, f"cone IWELBO5, {PARTICLES} estimates", ("genkit", "by hand", "numpyro"), times, compile_times)
-    assert times[0] <= 1.10 * times[1]
-    assert times[0] <= 1.05 * times[2]
+    report(capsys, f"cone IWELBO5, {PARTICLES} estimates", times, compile_times)
+    assert_bars(times, compile_times)
 
 
 # --- the auto-encoder of digits -----------------------------------------------------------------------------------
@@ -169,16 +203,12 @@ def test_vae_step(capsys):
     start, static = eqx.partition(vae_start(), eqx.is_array)
 
     def loop(fn):
-        def step(t, i):
-            slope = jax.grad(lambda t: fn(eqx.combine(t, static), counts, jr.fold_in(jr.key(0), i)))(t)
-            return jax.tree.map(lambda a, b: a + 1e-9 * b, t, slope), None
-
-        return jax.jit(lambda t: jax.lax.scan(step, t, jnp.arange(50))[0]), start
+        slope = jax.grad(lambda t, key: fn(eqx.combine(t, static), counts, key))
+        return steps_of(slope, start, 50, 1e-9)
 
     times, compile_times = measure([loop(fn) for fn in (vae_ours, vae_hand, vae_numpyro)], 50, rounds=20)
-    report(capsys, "digits VAE ELBO, batch of 128", ("genkit", "by hand", "numpyro"), times, compile_times)
-    assert times[0] <= 1.10 * times[1]
-    assert times[0] <= 1.05 * times[2]
+    report(capsys, "digits VAE ELBO, batch of 128", times, compile_times)
+    assert_bars(times, compile_times)
 
 
 # --- enumeration --------------------------------------------------------------------------------------------------
@@ -194,26 +224,53 @@ def chain(t, length):
 
 
 def test_compile_time_grows_slowly_with_enumerated_sites(capsys):
+    """At most like the square of the number of sites, though the number of paths is two to that power."""
     seconds = {}
-    for length in (2, 4, 8):
-        fn = jax.jit(jax.grad(lambda t, n=length: vi.E(lambda: chain(t, n))(key=jr.key(0))))
-        begin = time.process_time()
-        fn.lower(0.3).compile()
-        seconds[length] = time.process_time() - begin
+    with without_compilation_cache():
+        for length in (1, 2, 4, 8, 11):
+            fn = jax.jit(jax.grad(lambda t, n=length: vi.E(lambda: chain(t, n))(key=jr.key(0))))
+            begin = time.process_time()
+            fn.lower(0.3).compile()
+            seconds[length] = time.process_time() - begin
     with capsys.disabled():
         print("\ncompile time by enumerated sites: " + ", ".join(f"{n}: {s:.2f} s" for n, s in seconds.items()))
-    assert seconds[8] <= 2 * 16 * seconds[2]  # unrolled branches would take 64 times as long, and more
+    assert seconds[8] <= 16 * seconds[2]
+    assert seconds[11] <= (11 / 4) ** 2 * seconds[4]
 
 
-def test_variance_times_time_by_strategy(capsys):
-    """The mixture of the first page, one discrete site, under each strategy."""
+# --- variance times time ------------------------------------------------------------------------------------------
 
-    def fn(t):
-        b = vi.sample("b", dist.Bernoulli(logits=t), grad=vi.Score())
-        return (b + vi.sample("x", dist.Normal(t, 1.0)) - 0.5) ** 2
 
-    table = vi.variance_report(fn, jnp.array(0.2), key=jr.key(0), num_samples=4096)
+def small(t):
+    """One coin before a normal site, at a cost far from zero."""
+    b = vi.sample("b", dist.Bernoulli(logits=t), grad=vi.Score())
+    return (b + vi.sample("x", dist.Normal(t, 1.0)) - 0.5) ** 2 + 10.0
+
+
+def wide(t):
+    """Ten coins and a cost that couples neighbors: too many outcomes to enumerate in earnest."""
+    b = vi.sample("b", dist.Bernoulli(logits=t + jnp.linspace(-1.0, 1.0, 10)), grad=vi.Score())
+    return jnp.sum((b[1:] - 0.3) * (b[:-1] + 0.2)) + 2.0
+
+
+def counted(t):
+    """A count whose cost has a jump."""
+    n = vi.sample("b", dist.Poisson(jnp.exp(t)), grad=vi.Score())
+    return 3.0 + (n > 2) + 0.1 * n**2
+
+
+# by program: the strategy that should win and by how much it must beat plain scores in variance times time
+CASES = {"small": (small, "Lanes", 3.0), "wide": (wide, "Lanes", 3.0), "counted": (counted, "MVD", 3.0)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_variance_times_time_by_strategy(name, capsys):
+    fn, chosen, factor = CASES[name]
+    table = vi.variance_report(fn, jnp.array(0.2), key=jr.key(0), num_samples=1024)
     with capsys.disabled():
-        print(f"\n{table}")
+        print(f"\n{name}\n{table}")
     rows = {row.strategy: row for row in table.rows if row.site == "b"}
-    assert rows["Enum"].variance < table.rows[0].variance
+    assert rows[chosen].work < table.rows[0].work / factor
+    if "Enum" in rows:
+        assert rows["Enum"].variance <= table.rows[0].variance / factor
+    assert "Give 'b'" in table.suggestion

@@ -14,11 +14,15 @@ from genkit import vi
 pytestmark = pytest.mark.usefixtures("x64")
 
 
-def hierarchical(grad):
+ZERO = np.zeros(3)
+
+
+def hierarchical(grad, s=ZERO):
     def guide():
-        u = vi.sample("u", dist.Categorical(logits=jnp.array([0.1, -0.2, 0.3])), grad=grad)
-        a = vi.sample("a", dist.Bernoulli(logits=jnp.array([-1.0, 0.5, 1.0])[u]), grad=grad)
-        vi.sample("b", dist.Bernoulli(logits=jnp.array([0.2, -0.8, 0.4])[u] + 0.6 * a), grad=grad)
+        u = vi.sample("u", dist.Categorical(logits=jnp.array([0.1, -0.2, 0.3]) + s[0] * jnp.arange(3)), grad=grad)
+        a = vi.sample("a", dist.Bernoulli(logits=jnp.array([-1.0, 0.5, 1.0])[u] + s[1]), grad=grad)
+        logits = jnp.array([0.2, -0.8, 0.4])[u] + (0.6 + s[2]) * a
+        vi.sample("b", dist.Bernoulli(logits=logits), grad=grad)
 
     return vi.program(guide)()
 
@@ -27,12 +31,107 @@ def uniform(grad):
     return vi.program(lambda: vi.sample("u", dist.Categorical(probs=jnp.ones(3) / 3), grad=grad))()
 
 
+def summed_out(size, grad=None, s=ZERO):
+    return vi.marginal(hierarchical(grad, s), ["a", "b"], vi.SIR(size, lambda kept: uniform(grad)))
+
+
+STATES = [(a, b) for a in (0, 1) for b in (0, 1)]
+
+
+def joint_table(s):
+    """log q(u, a, b), shape (3, 4), and log p(a, b), shape (4,), written out."""
+    log_u = jax.nn.log_softmax(jnp.array([0.1, -0.2, 0.3]) + s[0] * jnp.arange(3))
+    rows = []
+    for u in range(3):
+        row = []
+        for a, b in STATES:
+            log_a = dist.Bernoulli(logits=jnp.array([-1.0, 0.5, 1.0])[u] + s[1]).log_prob(a)
+            log_b = dist.Bernoulli(logits=jnp.array([0.2, -0.8, 0.4])[u] + (0.6 + s[2]) * a).log_prob(b)
+            row.append(log_u[u] + log_a + log_b)
+        rows.append(jnp.stack(row))
+    log_p = [vi.program(g1_model)().log_density({"a": a, "b": b}) for a, b in STATES]
+    return jnp.stack(rows), jnp.stack(log_p)
+
+
+def brute_bound(s, size, particles):
+    """The bound of a hierarchical guide with M draws of u per weight and K weights, over every outcome."""
+    log_q, log_p = joint_table(s)
+    shape = (3, 4) + (3,) * (size - 1)  # of one particle: its own u, its state, further draws of u
+    index = np.indices(shape).reshape(len(shape), -1)
+    u, state, others = index[0], index[1], index[2:]
+    log_prob = log_q[u, state] - (size - 1) * np.log(3.0)
+    ratios = jnp.stack([log_q[i, state] + np.log(3.0) for i in (u, *others)])
+    log_w = log_p[state] - (jax.nn.logsumexp(ratios, 0) - np.log(size))
+    grid = np.indices((index.shape[1],) * particles).reshape(particles, -1)
+    bound = jax.nn.logsumexp(log_w[grid], 0) - np.log(particles)
+    return jnp.sum(jnp.exp(log_prob[grid].sum(0)) * bound)
+
+
 @pytest.mark.parametrize(("size", "want"), [(1, -2.490123618014), (2, -2.424879511805)])
 @pytest.mark.parametrize("grad", [None, vi.Score()])
 def test_hierarchical_bounds(size, want, grad):
-    q = vi.marginal(hierarchical(grad), ["a", "b"], vi.SIR(size, lambda kept: uniform(grad)))
-    value = jax.jit(lambda: vi.exact(lambda: vi.elbo(vi.program(g1_model)(), q))())()
+    """HVI and IWHVI as compositions: the value of the table, the gradient of the sum over all outcomes."""
+    fn = lambda s: vi.exact(lambda: vi.elbo(vi.program(g1_model)(), summed_out(size, grad, s)))()
+    value, gradient = jax.jit(jax.value_and_grad(fn))(jnp.zeros(3))
     np.testing.assert_allclose(value, want, atol=1e-10)
+    truth = jax.jit(jax.grad(lambda s: brute_bound(s, size, 1)))(jnp.zeros(3))
+    np.testing.assert_allclose(gradient, truth, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+def test_doubly_weighted_hierarchical_bound(size):
+    """DIWHVI: the importance-weighted bound of a guide with a site summed out, two weights."""
+    score = vi.Score()
+    fn = lambda s: vi.exact(lambda: vi.iwelbo(vi.program(g1_model)(), summed_out(size, score, s), 2))()
+    got = jax.jit(jax.value_and_grad(fn))(jnp.zeros(3))
+    want = jax.jit(jax.value_and_grad(lambda s: brute_bound(s, size, 2)))(jnp.zeros(3))
+    np.testing.assert_allclose(got[0], want[0], atol=1e-12)
+    np.testing.assert_allclose(got[1], want[1], atol=1e-12)
+
+
+# --- the promise of estimated densities ---------------------------------------------------------------------------
+
+
+def contract_of(measure, states):
+    """By enumeration, for each state z: q(z), E[1/w | z] q(z) and E[w] of weighing z."""
+    is_state = lambda value, state: jnp.all(jnp.stack([value[k] == v for k, v in state.items()])) * 1.0
+
+    def drawn(state):
+        return is_state(vi.draw(measure)[0], state)
+
+    def inverse(state):
+        value, log_w = vi.draw(measure)
+        return is_state(value, state) * jnp.exp(-log_w)
+
+    ask = lambda fn: np.array([vi.exact(fn)(state) for state in states])
+    return ask(drawn), ask(inverse), ask(lambda state: jnp.exp(vi.log_density(measure, state)))
+
+
+def assert_contract(measure, states):
+    law, inverse, density = contract_of(measure, states)
+    np.testing.assert_allclose(law.sum(), 1.0, atol=1e-12)
+    np.testing.assert_allclose(inverse, 1.0, atol=1e-12)  # E[1/w | z] = 1/q(z)
+    np.testing.assert_allclose(density, law, atol=1e-12)  # E[w] = q(z)
+
+
+AB = [{"a": jnp.array(a), "b": jnp.array(b)} for a, b in STATES]
+
+
+@pytest.mark.slow
+def test_marginal_keeps_the_promise():
+    assert_contract(summed_out(2, vi.Score()), AB)
+
+
+@pytest.mark.slow
+def test_resampling_keeps_the_promise():
+    assert_contract(sir(T, 2, vi.Score()), AB)
+
+
+@pytest.mark.slow
+def test_sequential_monte_carlo_keeps_the_promise():
+    _, measure = chain_smc(2)
+    assert_contract(measure, [{"z0": jnp.array(i), "z1": jnp.array(j)} for i in (0, 1) for j in (0, 1)])
 
 
 T = np.array([0.2, -0.3, 0.5])

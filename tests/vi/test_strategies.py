@@ -130,6 +130,27 @@ def test_second_order_alternatives_have_the_exact_hessian():
         np.testing.assert_allclose(jax.jit(jax.hessian(vi.exact(fn(strategy))))(0.3), truth, atol=1e-12)
 
 
+# --- where guides start ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("law", [lambda t: dist.Bernoulli(logits=t), lambda t: dist.Binomial(2, logits=t)])
+@pytest.mark.parametrize("grad", [vi.Enum(), pytest.param(vi.Score(), marks=pytest.mark.slow)])
+def test_gradients_at_logits_of_zero(law, grad):
+    """numpyro's own log-density has a kink there; a guide that starts at zero must not feel it."""
+
+    def model(t):
+        x = numpyro.sample("x", law(t))
+        numpyro.sample("y", dist.Bernoulli(logits=t * x), obs=1)
+
+    def fn(t):
+        q = vi.program(lambda t: vi.sample("x", law(t), grad=grad))(t)
+        return vi.elbo(vi.program(model)(t), q) + vi.log_density(dist.Bernoulli(logits=t), 1.0)
+
+    slope, step = jax.jit(jax.grad(vi.exact(fn))), 1e-5
+    np.testing.assert_allclose(slope(0.0), 0.5 + 0.5 * law(0.0).mean, atol=1e-12)
+    np.testing.assert_allclose(slope(0.0), (slope(step) + slope(-step)) / 2, atol=1e-9)
+
+
 # --- pathwise and relaxed -----------------------------------------------------------------------------------------
 
 

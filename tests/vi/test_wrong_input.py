@@ -7,7 +7,7 @@ import numpyro.distributions as dist
 import pytest
 from vi_golden import g1_guide, g1_model
 
-from genkit import NonFiniteError, vi
+from genkit import NonFiniteError, Problem, infer, vi
 
 
 def new_key():
@@ -85,6 +85,18 @@ def test_observed_sites_take_no_strategy():
         vi.program(model)().log_density({})
 
 
+def test_names_from_outside_must_be_there():
+    t = jnp.zeros(3)
+    with pytest.raises(ValueError, match=r"'typo' \(its sites: a, b\)"):
+        vi.with_grad(vi.program(g1_guide())(t), {"typo": vi.Score()}).sample(key=new_key())
+    with pytest.raises(ValueError, match=r"observed site; got Score at 'y'"):
+        vi.with_grad(vi.program(g1_model)(), {"y": vi.Score()}).sample(key=new_key())
+    with pytest.raises(ValueError, match=r"'typo' \(its sites: a, b, y\)"):
+        vi.condition(vi.program(g1_model)(), {"typo": 1.0}).log_density({"a": 1, "b": 0})
+    with pytest.raises(ValueError, match="'y', which it observes itself"):
+        vi.condition(vi.program(g1_model)(), {"y": 1.0}).log_density({"a": 1, "b": 0})
+
+
 def test_raw_transformations_are_refused():
     def site(x):
         return vi.sample("x", dist.Normal(x, 1.0))
@@ -113,6 +125,26 @@ def test_nan_densities_name_their_site():
 
     with pytest.raises(NonFiniteError, match="'bad'"):
         vi.program(model)().log_density({})
+
+
+@pytest.mark.slow
+@pytest.mark.key_reuse  # numpyro's own initialization uses keys twice
+def test_fits_that_leave_the_finite_numbers_name_the_site():
+    def fine():
+        return numpyro.sample("x", dist.Normal(0.0, 1.0))
+
+    def model():
+        numpyro.factor("bad", jnp.log(-1.0 - fine() ** 2))
+
+    for guide in ("meanfield", vi.mean_field(fine)):  # found at the start, and after training has failed
+        with pytest.raises(NonFiniteError, match="'bad'"):
+            infer(Problem(model), vi.Fit(guide, num_steps=5, num_samples=5), key=new_key())
+
+
+@pytest.mark.key_reuse  # numpyro's own initialization uses keys twice
+def test_guides_to_fit_have_parameters():
+    with pytest.raises(ValueError, match="`guide` must be .* with at least one floating array"):
+        infer(Problem(g1_model), vi.Fit(g1_guide(), num_steps=2), key=new_key())
 
 
 def test_keys_and_places():
