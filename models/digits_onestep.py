@@ -6,7 +6,7 @@ sees the teacher's estimate; the regression stays as a term, so that no mode is 
 Source: Xu, Nie & Vahdat, "One-step Diffusion Models with f-Divergence Distribution Matching", 2025; Yin et al.,
 "One-step Diffusion with Distribution Matching Distillation", CVPR 2024 (the regression); Yin et al., "Improved
 Distribution Matching Distillation for Fast Image Synthesis", NeurIPS 2024 (two time scales).
-Cost: three minutes on two cores, with `--with start=RUN`, a run of `digits_pairs.py`.
+Cost: a minute on one core, with `--with start=RUN`, a run of `digits_pairs.py`.
 Expect: digits in one evaluation, their labels right; see `pytest tests/distill/test_digits.py -m long -s`.
 """
 

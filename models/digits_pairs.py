@@ -3,7 +3,7 @@
 What: the student starts as the teacher of `digits.py`, run once at noise level 2.5, and learns where the teacher's
 probability flow ends from each noise. It covers what the teacher covers, a little blurred; `digits_onestep.py` goes on.
 Source: Luhman & Luhman, "Knowledge Distillation in Iterative Generative Models for Improved Sampling Speed", 2021.
-Cost: a minute on two cores, half of it for the pairs, with `--with teacher=RUN`, a run of `digits.py`.
+Cost: forty seconds on one core, a third of it for the pairs, with `--with teacher=RUN`, a run of `digits.py`.
 Expect: recall near the teacher's; see `pytest tests/distill/test_digits.py -m long -s`.
 """
 

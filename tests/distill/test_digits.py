@@ -1,7 +1,7 @@
 """One-step students of the digits model beside their teacher at 35 evaluations and at one.
 
 These train for minutes: run them by hand, `pytest tests/distill/test_digits.py -m long -s -n 0`. Figures are against
-the held-out digits; those of training digits stand beside them.
+the held-out digits; those of training digits stand beside them (their accuracy is the classifier's on the held-out).
 """
 
 import functools
@@ -100,13 +100,11 @@ def references(guided):
     guidance, heun = (model("digits_pairs")[name] for name in ("GUIDANCE", "HEUN"))
     guidance = guidance if guided else None
     draw = lambda key: gk.sample(heun, teacher(), NUM, cond=LABELS, guidance=guidance, key=key).value
-    _, train, _ = judge()
-    order = np.random.default_rng(0).permutation(len(train))
-    labels = gk.data.digits().y_train[order]
+    test, train, classifier = judge()
+    some = train[np.random.default_rng(0).permutation(len(train))]  # they stand in the order of their writers
     many = look(draw(jr.key(5)))
     once = look(students_draws(gk.distill.OneStep(teacher(), 80.0))(jr.key(6)))
-    real = look(train[order]) | {"accuracy": float(judge()[2].score(train[order], labels))}
-    show("training digits", real)
+    show("training digits", look(some) | {"accuracy": float(classifier.score(test, gk.data.digits().y_test))})
     show("teacher, 35 evaluations", many)
     show("teacher, 1 evaluation", once)
     return many, once, seconds(draw)
@@ -136,4 +134,4 @@ def test_a_student_of_one_step_beside_its_teacher(name, guided):
     assert found["energy"] < once["energy"] / 20 and found["energy"] < 2 * many["energy"]
     assert found["accuracy"] > 0.98 and found["classes"] < 0.02
     assert found["precision"] > many["precision"] - 0.05
-    assert found["recall"] > 0.75
+    assert found["recall"] > many["recall"] - 0.08

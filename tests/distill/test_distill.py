@@ -253,13 +253,12 @@ def test_learned_critics_beside_the_empirical_ratio(law):
         "ema": 0.995,
         "num_steps": 2000,
         "optimizer": optax.adam(optax.cosine_decay_schedule(1e-3, 2000)),
-        "key": jr.key(0),
     }
     net = gk.distill.Discriminator((2,), width=64, depth=2, sigma_data=3.0, key=jr.key(2))
     learned = {"ratio": gk.distill.DiscriminatorRatio(net), "fake": fake(width=64), "fake_steps": 5}
     fresh = teacher.sample(2000, key=jr.key(5))
     for name, more in {"empirical": {"ratio": gk.distill.EmpiricalRatio(768)}, "learned": learned}.items():
-        made = gk.distill.distill(teacher, Net(2, width=64, key=jr.key(1)), **options, **more)
+        made = gk.distill.distill(teacher, Net(2, width=64, key=jr.key(1)), key=jr.key(0), **options, **more)
         x = gk.sample(gk.distill.Generate(), made.ema, 2000, shape=(2,), key=jr.key(3)).value
         found = gk.distill.mode_coverage(x, CENTERS, radius=1.2, weights=weights / weights.sum())
         energy = float(gd.energy_distance(x, fresh))
