@@ -18,6 +18,11 @@ def as_number(value: Any) -> jax.Array:
     return array if jnp.issubdtype(array.dtype, jnp.inexact) else array.astype(jnp.result_type(float))
 
 
+def maybe_number(value: Any) -> jax.Array | None:
+    """`as_number` of a number that may be absent."""
+    return None if value is None else as_number(value)
+
+
 # Metadata of a field whose leaves are part of the model but not parameters: `eqx.field(..., metadata=FROZEN)`. The
 # optimizer must not touch or decay them.
 FROZEN = {"genkit_frozen": True}

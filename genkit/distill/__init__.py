@@ -28,12 +28,13 @@ from ._losses import (
     AbstractLoss as AbstractLoss,
     Adversarial as Adversarial,
     FDistill as FDistill,
+    Regression as Regression,
     SiD as SiD,
     SumLoss as SumLoss,
     dmd as dmd,
     vsd as vsd,
 )
-from ._model import Distillation as Distillation, Positives as Positives
+from ._model import Distillation as Distillation, Positives as Positives, teacher_pool as teacher_pool
 from ._monitors import divergence_from_scores as divergence_from_scores, mode_coverage as mode_coverage
 from ._objectives import (
     CriticObjective as CriticObjective,

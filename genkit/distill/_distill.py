@@ -13,14 +13,13 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Key, PyTree
 
 from genkit._core import Fitted, Recipe, fit
-from genkit._core._checks import check, check_count, describe
+from genkit._core._checks import check, check_count
 from genkit.divergence import FDivergence, ReverseKL
-from genkit.guidance import Guided
 
 from ._losses import AbstractLoss, FDistill
-from ._model import Distillation, has_density
 from ._objectives import cosine_adam, cycle
-from ._ratios import AbstractRatio, DiscriminatorRatio, EmpiricalRatio, ExactRatio, NoRatio
+from ._parts import check_parts, check_shapes, start
+from ._ratios import AbstractRatio, NoRatio
 
 
 class Conditions(eqx.Module):
@@ -275,112 +274,30 @@ def distill(
     fitted = fit(made.replace(log_every=min(num_steps, 500)), key=key)
     prefix = "student/"
     history = {name.removeprefix(prefix): values for name, values in fitted.log.items()}
-    flag_saturation(history)
+    flag(history)
     return Distilled(fitted.model.student, fitted.ema.student, history, fitted)
 
 
-def flag_saturation(history: dict[str, np.ndarray]) -> None:
-    """Warn where the discriminator ended too sure of itself to tell ratios."""
-    values = history.get("critic/saturation")
-    if values is None:
-        return
-    last = float(np.mean(values[-max(1, len(values) // 10) :]))
-    if last > 0.5:
-        warnings.warn(
-            f"the discriminator is saturated: {100 * last:.0f} % of its logits ended beyond 10 in size, where they say "
-            "nothing about ratios. Raise the smallest noise level, give DiscriminatorRatio a `smoothness`, or start "
-            "the student nearer to the teacher.",
-            stacklevel=3,
-        )
+FLAGS = {
+    "critic/saturation": "the discriminator is saturated: {:.0f} % of its logits ended beyond 10 in size, where they "
+    "say nothing about ratios. Raise the smallest noise level, give DiscriminatorRatio a `smoothness`, or start the "
+    "student nearer to the teacher.",
+    "clipped": "{:.0f} % of the log-ratios ended beyond `max_log_ratio`: the weights are the bound's more than the "
+    "divergence's. Where that bound is not narrow, student and teacher hardly overlap: raise the smallest noise level, "
+    "start the student nearer to the teacher, or take a divergence of bounded weight, such as JensenShannon().",
+}
+
+
+def flag(history: dict[str, np.ndarray]) -> None:
+    """Warn where most log-ratios ended as no ratios: the discriminator's beyond measure, or clipped."""
+    for name, words in FLAGS.items():
+        values = history.get(name, np.zeros(1))
+        last = float(np.mean(values[-max(1, len(values) // 10) :]))
+        if last > 0.5:
+            warnings.warn(words.format(100 * last), stacklevel=3)
 
 
 def default_optimizer(student: Any, num_steps: int) -> Any:
     """Adam under a cosine; students of a few numbers take larger steps than networks."""
     size = sum(leaf.size for leaf in jax.tree.leaves(student) if eqx.is_inexact_array(leaf))
     return cosine_adam(2e-2 if size <= 64 else 1e-3, num_steps)
-
-
-def start(
-    teacher: Any, student: Any, loss: AbstractLoss, *, guidance: Any, fake: Any, positives: Any
-) -> tuple[Distillation, AbstractLoss]:
-    """The parts before training, and the loss with its network moved among them."""
-    check(callable(teacher), "teacher", "a denoiser (x, sigma, cond=None) -> x0", describe(teacher))
-    check(callable(student), "student", "a generator (z, cond=None) -> x", describe(student))
-    if guidance is not None:
-        Guided(teacher, guidance, forget=True)  # refuses what changes no single prediction
-    needs_own, needs_critic = loss.needs()
-    net = None
-    for part in getattr(loss, "parts", (loss,)):
-        found = getattr(getattr(part, "ratio", None), "net", None)
-        net = net if found is None else found
-    if needs_critic:
-        hint = "Add `FDistill(..., DiscriminatorRatio(net))`, which trains one."
-        check(net is not None, "loss", "with a DiscriminatorRatio where a discriminator is needed", "none", hint)
-        is_ratio = lambda node: isinstance(node, DiscriminatorRatio)
-        bare = lambda node: DiscriminatorRatio(None, node.smoothness) if is_ratio(node) else node
-        loss = jax.tree.map(bare, loss, is_leaf=is_ratio)
-    if needs_own and fake is None and not hasattr(student, "denoiser"):
-        trainable = any(eqx.is_inexact_array(leaf) for leaf in jax.tree.leaves(teacher))
-        hint = "Pass `fake=`, say `gk.diffusion.Preconditioned(gk.nn.MLP(shape, key=key))`."
-        network = trainable and not hasattr(teacher, "log_density")
-        check(network, "fake", "given, because an analytic teacher cannot learn the law of the student", "None", hint)
-        fake = teacher
-    fake = fake if needs_own else None
-    return Distillation(student, teacher, fake, net, guidance, positives), loss
-
-
-def check_shapes(model: Distillation, data: Conditions, latent_shape: Any) -> tuple[int, ...]:
-    """The shape of the latent; refuse a student whose draws are not of the teacher's shape."""
-    cond = jax.eval_shape(lambda: jax.tree.map(lambda leaf: leaf[0], data(jr.key(0))))
-    latent = latent_shape if latent_shape is not None else model.latent_shape or model.shape
-    hint = "The teacher does not know its shape."
-    check(latent is not None, "latent_shape", "given", "None", hint)
-    latent = tuple(latent or ())
-    z = jax.ShapeDtypeStruct(latent, jnp.result_type(float))
-    x = eqx.filter_eval_shape(lambda s, z, c: s(z, c), model.student, z, cond)
-    check(hasattr(x, "shape"), "student", "a generator that returns an array", describe(x))
-    if model.shape is not None:
-        what = f"a generator of examples of the teacher's shape {tuple(model.shape)}"
-        check(x.shape == tuple(model.shape), "student", what, f"shape {x.shape} from a latent of shape {latent}")
-    level = jax.ShapeDtypeStruct((), x.dtype)
-    y = eqx.filter_eval_shape(lambda t, y, s, c: t(y, s, c), model.target, x, level, cond)
-    check(y.shape == x.shape, "teacher", f"a denoiser that keeps the student's shape {x.shape}", f"shape {y.shape}")
-    return latent
-
-
-def check_parts(model: Distillation, loss: AbstractLoss, cond: Any) -> None:
-    """Refuse ratios that lack what they are made of."""
-    for part in getattr(loss, "parts", (loss,)):
-        ratio = getattr(part, "ratio", None)
-        if isinstance(ratio, (ExactRatio, EmpiricalRatio)):
-            name = type(ratio).__name__
-            hint = "Use DiscriminatorRatio(net) or ScoreRatio(sigma_max)."
-            check(
-                hasattr(model.teacher, "log_density"),
-                "teacher",
-                f"analytic for {name}",
-                "one without log_density",
-                hint,
-            )
-            if model.guidance is not None:
-                kind = type(model.guidance).__name__
-                hint = "Use DiscriminatorRatio(net) with `positives`, or ScoreRatio(sigma_max)."
-                asked = f"None or a weighted sum of predictions, such as `gk.guidance.cfg(scale)`, for {name}"
-                check(has_density(model.guidance), "guidance", asked, kind, hint)
-        if isinstance(ratio, ExactRatio):
-            hint = "Give it a method `denoiser()` that returns an analytic denoiser, or use another ratio."
-            check(hasattr(model.student, "denoiser"), "student", "of a law in closed form", "no `denoiser()`", hint)
-        if isinstance(ratio, EmpiricalRatio):
-            single = cond is None or (not callable(cond) and jnp.ndim(cond) == 0)
-            check(single, "cond", "None or one value for EmpiricalRatio", describe(cond))
-    if model.discriminator is not None and model.positives is None:
-        hint = "Draw them with gk.sample and pass `positives=gk.distill.Positives(draws, cond)`."
-        check(
-            model.guidance is None,
-            "positives",
-            "given with `guidance`: draws of the same, guided, teacher",
-            "None",
-            hint,
-        )
-        can = hasattr(model.teacher, "sample")
-        check(can, "positives", "given, because the teacher has no `sample`", "None", hint)

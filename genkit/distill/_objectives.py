@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from genkit._core import Objective, Phase
 from genkit._core._checks import check, check_count, describe
-from genkit._core._fields import as_number
+from genkit._core._fields import FROZEN, as_number, maybe_number
 from genkit.diffusion import EDMWeight
 from genkit.diffusion._losses import draw_evenly
 from genkit.nn import MLP
@@ -116,7 +116,7 @@ class CriticObjective(Objective):
         noise_law: scalar numpyro law of the noise level.
         batch_size: draws per update.
         latent_shape: shape of the student's latent.
-        smoothness: weight of the discriminator's change under a perturbation of a tenth of the noise.
+        smoothness: weight of the discriminator's change under a perturbation of a tenth of the noise; `None` for none.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
@@ -131,7 +131,7 @@ class CriticObjective(Objective):
     noise_law: dist.Distribution = eqx.field(converter=as_law)
     batch_size: int = eqx.field(static=True, default=256)
     latent_shape: tuple[int, ...] = eqx.field(static=True, default=())
-    smoothness: Float[Array, ""] = eqx.field(converter=as_number, default=0.0)
+    smoothness: Float[Array, ""] | None = eqx.field(converter=maybe_number, default=None)
 
     def __check_init__(self):
         check_law(self.noise_law)
@@ -167,18 +167,22 @@ class CriticObjective(Objective):
         logit = jax.vmap(lambda y, s, c: model.discriminator(y, s, c))
         on_real, on_fake = logit(real, sigma, real_cond), logit(x_t, sigma, cond)
         value = jnp.mean(jax.nn.softplus(-on_real)) + jnp.mean(jax.nn.softplus(on_fake))
-        shifted = real + 0.1 * spread(sigma, real) * jr.normal(key_shift, real.shape, real.dtype)
-        change = jnp.mean((logit(shifted, sigma, real_cond) - on_real) ** 2)
         both = jnp.concatenate([on_real, on_fake])
         saturation = jnp.mean((jnp.abs(both) > SATURATED).astype(both.dtype))
-        return value + self.smoothness.astype(value.dtype) * change, {
-            "discriminator_loss": value,
-            "saturation": saturation,
-        }
+        aux = {"discriminator_loss": value, "saturation": saturation}
+        if self.smoothness is not None:
+            shifted = real + 0.1 * spread(sigma, real) * jr.normal(key_shift, real.shape, real.dtype)
+            change = jnp.mean((logit(shifted, sigma, real_cond) - on_real) ** 2)
+            value = value + self.smoothness.astype(value.dtype) * change
+        return value, aux
 
 
 class Discriminator(eqx.Module):
     r"""A small discriminator `(x, sigma, cond) -> log p/q`: a residual perceptron on the input scaled to unit variance.
+
+    With `features` it also sees the noise $(x - D)/\sigma$ that a given denoiser finds, which tells at low noise how
+    far off the data an example is. The teacher is the natural one: a small discriminator without it hardly tells a good
+    student from its teacher, and where it cannot, every divergence acts as the reverse KL.
 
     Args:
         shape: shape of one example.
@@ -186,6 +190,7 @@ class Discriminator(eqx.Module):
         depth: number of residual blocks.
         num_labels: number of classes, or `None`.
         sigma_data: standard deviation of the data.
+        features: a denoiser, never trained, or `None`.
         key: typed PRNG key.
 
     Example:
@@ -196,7 +201,8 @@ class Discriminator(eqx.Module):
     """
 
     net: MLP
-    sigma_data: Float[Array, ""]
+    sigma_data: Float[Array, ""] = eqx.field(metadata=FROZEN)
+    features: Any = eqx.field(metadata=FROZEN)
 
     def __init__(
         self,
@@ -206,16 +212,20 @@ class Discriminator(eqx.Module):
         depth: int = 2,
         num_labels: int | None = None,
         sigma_data: float = 1.0,
+        features: Any = None,
         key: Key[Array, ""],
     ):
-        self.net = MLP(shape, width=width, depth=depth, num_labels=num_labels, key=key)
-        self.sigma_data = as_number(sigma_data)
+        seen = tuple(shape) if features is None else (2, *shape)
+        self.net = MLP(seen, width=width, depth=depth, num_labels=num_labels, key=key)
+        self.sigma_data, self.features = as_number(sigma_data), features
 
     def __call__(self, x: Float[Array, " *shape"], sigma: Any, cond: Any = None) -> Float[Array, ""]:
         """The logit of one example."""
         sigma = jnp.asarray(sigma, x.dtype)
-        scale = jax.lax.rsqrt(sigma**2 + frozen(self.sigma_data).astype(x.dtype) ** 2)
-        return jnp.sum(self.net(x * scale, jnp.log(sigma) / 4, cond)) / jnp.sqrt(jnp.asarray(x.size, x.dtype))
+        seen = x * jax.lax.rsqrt(sigma**2 + self.sigma_data.astype(x.dtype) ** 2)
+        if self.features is not None:
+            seen = jnp.stack([seen, (x - self.features(x, sigma, cond)) / sigma])
+        return jnp.sum(self.net(seen, jnp.log(sigma) / 4, cond)) / jnp.sqrt(jnp.asarray(x.size, x.dtype))
 
 
 def _student(model: Distillation) -> Any:
@@ -277,7 +287,7 @@ def cycle(
         return phases
     where = _both if fake and discriminator else _fake if fake else _discriminator
     ratios = [getattr(part, "ratio", None) for part in getattr(loss, "parts", (loss,))]
-    smoothness = next((r.smoothness for r in ratios if isinstance(r, DiscriminatorRatio)), 0.0)
+    smoothness = next((r.smoothness for r in ratios if isinstance(r, DiscriminatorRatio)), None)
     critic = CriticObjective(noise_law, batch_size, tuple(latent_shape), smoothness)
     follow = follower() if fake_optimizer is None else fake_optimizer
     return (Phase(critic, follow, where=where, repeats=fake_steps, name="critic"), *phases)

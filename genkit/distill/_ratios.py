@@ -10,8 +10,8 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Key
 
-from genkit._core._checks import check, check_count, check_positive
-from genkit._core._fields import as_number
+from genkit._core._checks import check, check_count, check_interval, check_positive
+from genkit._core._fields import as_number, maybe_number
 
 from ._model import Distillation, log_density
 
@@ -154,7 +154,7 @@ class DiscriminatorRatio(AbstractRatio):
     Args:
         net: network `(x, sigma, cond) -> scalar`, such as `Discriminator`.
         smoothness: weight of the squared change of the logit under a small perturbation (approximate R1), not
-            negative; 0 for none.
+            negative; `None` for none, which saves an evaluation of the network.
 
     Example:
         >>> import jax
@@ -167,9 +167,11 @@ class DiscriminatorRatio(AbstractRatio):
     """
 
     net: Any
-    smoothness: Float[Array, ""] = eqx.field(converter=as_number, default=0.0)
+    smoothness: Float[Array, ""] | None = eqx.field(converter=maybe_number, default=None)
 
     def __check_init__(self):
+        if self.smoothness is not None:
+            check_interval("smoothness", self.smoothness, 0)
         check(self.net is None or callable(self.net), "net", "a network (x, sigma, cond) -> log p/q", self.net)
 
     exact: ClassVar[bool] = False  # ratios are normalized

@@ -1,13 +1,11 @@
 """f-divergences with a parameter: the alpha family and total variation, exact or smoothed."""
 
-from typing import Any
-
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from .._core._checks import check_positive
-from .._core._fields import as_number
+from .._core._fields import maybe_number
 from ._f_base import FDivergence, refuse_kink
 from ._f_table import real
 from ._f_user import integrate_weight
@@ -59,11 +57,6 @@ class Alpha(FDivergence):
         return jnp.where(near, u + self.a * u**2 / 2, jnp.expm1(safe * u) / safe)
 
 
-def _width(value: Any) -> Array | None:
-    """A width as an array, so that another value never recompiles."""
-    return None if value is None else as_number(value)
-
-
 class TotalVariation(FDivergence):
     r"""Total variation, $f = |r - 1| / 2$, or with `smoothing` the divergence of reward $\frac12\tanh(u / 2\tau)$.
 
@@ -79,7 +72,7 @@ class TotalVariation(FDivergence):
         1.0
     """
 
-    smoothing: Float[Array, ""] | None = eqx.field(converter=_width, default=None)
+    smoothing: Float[Array, ""] | None = eqx.field(converter=maybe_number, default=None)
 
     def __check_init__(self) -> None:
         """Validate the width."""

@@ -94,7 +94,7 @@ NOISE = dist.Uniform(0.3, 2.0)
 JS = gk.divergence.JensenShannon
 CASES = [
     Case("Distillation", model),
-    Case("Positives", lambda: d.Positives(jnp.zeros((4, 1)), jnp.arange(4))),
+    Case("Positives", lambda: d.Positives(jnp.zeros((4, 1)), jnp.arange(4), jnp.ones((4, 1)))),
     Case("Distilled", lambda: d.Distilled(gauss(), gauss(), {})),
     Case("OneStep", lambda: d.OneStep(gauss(), 1.0), student),
     Case("FewStep", lambda: d.FewStep(gauss(), jnp.array([2.0, 1.0])), student, vmap=False),
@@ -108,10 +108,17 @@ CASES = [
     Case("DSD", lambda: d.DSD(1.0, 2.0)),
     Case("SiD", lambda: d.SiD(1.0), loss, eager=False),
     Case("Adversarial", d.Adversarial),
+    Case("Regression", d.Regression),
     Case("SumLoss", lambda: d.SDS() + 0.5 * d.Adversarial()),
     Case("StudentObjective", lambda: d.StudentObjective(d.SDS(), NOISE, None, 4, (1,))),
     Case("CriticObjective", lambda: d.CriticObjective(NOISE, 4, (1,))),
     Case("Discriminator", lambda: d.Discriminator((1,), width=4, depth=1, key=jr.key(0)), logit, eager=False),
+    Case(
+        "Discriminator, with features",
+        lambda: d.Discriminator((1,), width=4, depth=1, features=gauss(), key=jr.key(0)),
+        logit,
+        eager=False,
+    ),
     Case("Conditions", lambda: d.Conditions(jnp.arange(3), 4)),
     Case("ConsistencyModel", network, logit, eager=False),
     Case("Pair", lambda: d.Pair(gauss(), gauss())),

@@ -50,7 +50,8 @@ def quick(teacher=None, own=None, **options):
 
 @pytest.mark.slow
 def test_the_learned_cycle_reports_and_repeats():
-    net = gk.distill.Discriminator((2,), width=16, depth=1, num_labels=8, key=jr.key(2))
+    features = ring_law(np.arange(8))
+    net = gk.distill.Discriminator((2,), width=16, depth=1, num_labels=8, features=features, key=jr.key(2))
     options = {
         "divergence": gd.JensenShannon(), "ratio": gk.distill.DiscriminatorRatio(net, 0.1), "fake": fake(labels=8),
         "cond": jnp.arange(8), "fake_steps": 2, "ema": 0.9,
@@ -74,6 +75,7 @@ def test_the_learned_cycle_reports_and_repeats():
     assert not eqx.tree_equal(made.student, before) and not eqx.tree_equal(made.ema, made.student)
     assert not eqx.tree_equal(after.fake, fake(labels=8)) and not eqx.tree_equal(after.discriminator, net)
     assert eqx.tree_equal(after.teacher, ring_law(np.arange(8)))
+    assert eqx.tree_equal(after.discriminator.features, features)
     assert made.fitted.state.opt is not None and int(made.fitted.state.step) == 3
 
 
@@ -100,6 +102,24 @@ def test_a_saturated_discriminator_is_flagged():
     net = Sure(jnp.asarray(0.0))
     with pytest.warns(UserWarning, match="saturated: 100 %"):
         quick(ratio=gk.distill.DiscriminatorRatio(net), divergence=gd.ForwardKL(), fake=fake(), num_steps=2)
+
+
+def test_ratios_beyond_the_bound_are_flagged():
+    far = student([400.0, 0.0], [1.0, 1.0])
+    with pytest.warns(UserWarning, match="100 % of the log-ratios ended beyond"):
+        quick(own=far, ratio=EXACT, divergence=gd.PearsonChi2(), noise_law=dist.Delta(0.0), num_steps=2)
+
+
+def test_regression_on_a_pool_finds_the_exact_map():
+    # The flow of N(m, s^2) takes x at noise level t to m + s (x - m) / sqrt(s^2 + t^2): pairs without any scatter.
+    teacher = gk.diffusion.GaussianDenoiser(jnp.array([0.7]), 0.5**2)
+    heun = gk.diffusion.heun(gk.diffusion.karras(60, 0.002, 80.0))
+    pool = gk.distill.teacher_pool(teacher, heun, 500, key=jr.key(0))
+    np.testing.assert_allclose(pool.x, 0.7 + 0.5 * (80 * pool.latents - 0.7) / np.hypot(0.5, 80), atol=0.01)
+    made = gk.distill.distill(teacher, student(0.0, 1.0), loss=gk.distill.Regression(), positives=pool, noise_law=NOISE,
+                              num_steps=300, batch_size=64, key=jr.key(1))  # fmt: skip
+    np.testing.assert_allclose([made.student.mean[0], jnp.exp(made.student.log_std[0])], [0.7, 0.5], atol=0.02)
+    assert made.history["regression"][-1] < 1e-3 < made.history["regression"][0]
 
 
 class Sure(eqx.Module):
@@ -143,6 +163,10 @@ WRONG = {
     "a law of vectors": (lambda: {"noise_law": dist.Uniform(jnp.zeros(2), 1.0), "fake": fake()}, "noise_law"),
     "two losses": (lambda: {"loss": gk.distill.SDS(), "divergence": gd.ReverseKL()}, "loss"),
     "no discriminator": (lambda: {"loss": gk.distill.Adversarial()}, "DiscriminatorRatio"),
+    "pairs without latents": (
+        lambda: {"loss": gk.distill.Regression(), "positives": gk.distill.Positives(jnp.zeros((4, 2)))},
+        "teacher_pool",
+    ),
     "no steps": (lambda: {"num_steps": 0}, "num_steps"),
     "no fake steps": (lambda: {"fake_steps": 0, "fake": fake()}, "fake_steps"),
     "many conditions": (
@@ -193,6 +217,11 @@ def test_wrong_kinds():
         gk.distill.FewStep(Plain(), [1.0, 2.0])
     with pytest.raises(ValueError, match="one entry"):
         gk.distill.Positives(jnp.zeros((3, 1)), jnp.arange(2))
+    with pytest.raises(ValueError, match="latents"):
+        gk.distill.Positives(jnp.zeros((3, 1)), None, jnp.zeros((2, 1)))
+    for sampler in (gk.diffusion.ancestral(gk.diffusion.karras(3, 0.1, 2.0)), gk.distill.Generate()):
+        with pytest.raises(ValueError, match="sampler"):
+            gk.distill.teacher_pool(ring_law(), sampler, 2, key=jr.key(0))
     with pytest.raises(ValueError, match="log_ratio"):
         gk.distill.divergence_from_scores(Plain(), Plain(), jnp.zeros((2, 1)), sigma_min=0.1, sigma_max=1.0,
                                           divergence=gd.ForwardKL(), key=jr.key(0))  # fmt: skip
@@ -224,13 +253,12 @@ def test_learned_critics_beside_the_empirical_ratio(law):
         "ema": 0.995,
         "num_steps": 2000,
         "optimizer": optax.adam(optax.cosine_decay_schedule(1e-3, 2000)),
-        "key": jr.key(0),
     }
     net = gk.distill.Discriminator((2,), width=64, depth=2, sigma_data=3.0, key=jr.key(2))
     learned = {"ratio": gk.distill.DiscriminatorRatio(net), "fake": fake(width=64), "fake_steps": 5}
     fresh = teacher.sample(2000, key=jr.key(5))
     for name, more in {"empirical": {"ratio": gk.distill.EmpiricalRatio(768)}, "learned": learned}.items():
-        made = gk.distill.distill(teacher, Net(2, width=64, key=jr.key(1)), **options, **more)
+        made = gk.distill.distill(teacher, Net(2, width=64, key=jr.key(1)), key=jr.key(0), **options, **more)
         x = gk.sample(gk.distill.Generate(), made.ema, 2000, shape=(2,), key=jr.key(3)).value
         found = gk.distill.mode_coverage(x, CENTERS, radius=1.2, weights=weights / weights.sum())
         energy = float(gd.energy_distance(x, fresh))
