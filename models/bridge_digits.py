@@ -1,7 +1,7 @@
 """Schrödinger bridge from handwritten threes to eights, in sixteen principal components.
 
 What: a light bridge of 3 full-covariance components at epsilon = 0.1 (pixels in [-1, 1]), fitted to 143 threes and 135
-eights that are blurred by noise of standard deviation 0.4; K and noise were chosen by folds of these digits. States
+eights that are blurred by noise of standard deviation 0.3; K and noise were chosen by folds of these digits. States
 decode to pictures by `decode`, which the file exposes for scripts.
 Source: Korotin, Gushchin, Burnaev, "Light Schrödinger bridge", ICLR 2024; data: gk.data.digits().
 Cost: about ten seconds on two cores.
@@ -41,6 +41,6 @@ recipe = gk.bridge.recipe(
     scale="full",
     num_steps=500,
     batch_size=256,
-    noise=0.4,
+    noise=0.3,
     name="bridge_digits",
 )

@@ -200,11 +200,11 @@ def test_time_to_target():
 
 
 def test_exact_paths_against_euler_at_equal_error():
-    """End points from one start: BW2-UVP of 20,000 draws, whose floor the exact sampler shows, and draws per second."""
-    n, d, k = 20_000, 16, 10
-    key_shifts, key_start, key = jr.split(jr.key(0), 3)
+    """End points from one start: BW2-UVP of 10,000 draws, whose floor the exact sampler shows, and draws per second."""
+    n, d, k = 10_000, 16, 10
+    key_shifts, key = jr.split(jr.key(0))
     bridge = gk.bridge.light(jnp.zeros(k), 2.0 * jr.normal(key_shifts, (k, d)), jnp.full((k, d), 0.5), EPSILON)
-    start = jr.normal(key_start, (d,))
+    start = jnp.zeros(d)  # from here all ten components are as likely
     x0, keys = jnp.broadcast_to(start, (n, d)), jr.split(key, n)
     law = bridge.coupling(start)
     probs, means = law.mixing_distribution.probs, law.component_distribution.mean
@@ -220,11 +220,11 @@ def test_exact_paths_against_euler_at_equal_error():
         total = jnp.trace(covariance)
         return float(gk.bridge.bw2_uvp(ends.mean(0), jnp.cov(ends.T), law.mean, covariance, total))
 
-    samplers = {"exact": gk.bridge.ExactPaths()} | {n: gk.bridge.EulerPaths(n) for n in (10, 30, 100, 300, 1000)}
+    samplers = {"exact": gk.bridge.ExactPaths()} | {n: gk.bridge.EulerPaths(n) for n in (10, 30, 100, 300)}
     errors = {name: error(sampler) for name, sampler in samplers.items()}
-    equal = next((name for name in list(errors)[1:] if errors[name] <= 1.5 * errors["exact"]), 1000)
+    equal = next((name for name in list(errors)[1:] if errors[name] <= 1.5 * errors["exact"]), 300)
     calls = {name: functools.partial(draw, samplers[name], bridge, x0) for name in ("exact", equal)}
-    seconds = interleaved(calls, repeats=5)
+    seconds = interleaved(calls, repeats=3)
     print({name: f"{value:.4f} %" for name, value in errors.items()})
     print({name: f"{n / value:.0f} draws/s" for name, value in seconds.items()})
     assert seconds["exact"] < seconds[equal] / 5
@@ -245,13 +245,13 @@ def ott_solver(x, y, epsilon):
     from ott.geometry import pointcloud
     from ott.solvers import linear
 
-    @jax.jit
+    @functools.partial(jax.jit, static_argnames="threshold")
     def run(x, y, threshold):
         cloud = pointcloud.PointCloud(x, y, epsilon=2 * epsilon)
         return linear.solve(cloud, threshold=threshold, max_iterations=10_000)
 
     def solve(threshold):
-        result = run(x, y, threshold)
+        result = run(x, y, threshold=threshold)
         return result.f, lambda: result.matrix
 
     return solve

@@ -22,6 +22,14 @@ LIGHTSB = {
 }  # fmt: skip
 PUBLISHED_RATE = {0.1: 1e-3, 1.0: 3e-3, 10.0: 6e-2}
 CEILING = {2: 0.05, 16: 0.25, 64: 0.5}
+# In the plane 50 diagonal components do well at epsilon = 1: KL .0028 against our .0006, which is what 20,000 pairs
+# allow (34 numbers / 40,000 = .0009 in expectation).
+SHORT = pytest.mark.xfail(strict=True, raises=AssertionError, reason="4.7 times lower, not 5")
+ROWS = [
+    pytest.param(d, epsilon, marks=[SHORT] if (d, epsilon) == (2, 1.0) else [])
+    for d in (2, 16, 64)
+    for epsilon in (0.1, 1.0, 10.0)
+]
 
 
 def tell(figures):
@@ -49,15 +57,14 @@ def chosen_components(x0, x1, epsilon):
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("epsilon", [0.1, 1.0, 10.0])
-@pytest.mark.parametrize("d", [2, 16, 64])
+@pytest.mark.parametrize(("d", "epsilon"), ROWS)
 def test_generated_pairs_against_the_published_recipe(d, epsilon):
     """20,000 fitting pairs (50,000 at d = 64), judging data apart, K chosen within the fitting data.
 
     One row is `-k "16-0.1"`. The pairs and all samples are drawn from seeds no setting was tuned on. Columns: d,
     epsilon, n, K; ours (cBW2-UVP in percent, divergence of the plans in nats, CPU seconds); the published recipe on
-    the same data; LightSB's published cBW2-UVP; our divergence without the polish, and with it when the ends are
-    n points each of which no two are coupled (there the marginals' own sampling error limits any solver).
+    the same data; LightSB's published cBW2-UVP; up to d = 16 also our divergence without the polish, and with it
+    when the ends are n points each of which no two are coupled (there the sampling errors of the marginals add up).
     """
     n, polish = {2: (20_000, 300), 16: (20_000, 150), 64: (50_000, 60)}[d]
     pair = rotated_pair(d, epsilon, key=jr.key(20_311))
@@ -73,12 +80,11 @@ def test_generated_pairs_against_the_published_recipe(d, epsilon):
     theirs = fit(x0, x1, 50, init="published", start_scale=1.0, num_steps=10_000, learning_rate=rate)
     end = time.process_time()
     (uvp, kl), (their_uvp, their_kl) = scores(pair, ours, judge), scores(pair, theirs, judge)
-    rough = scores(pair, full(x0, x1), judge)[1]
-    uncoupled = scores(pair, full(apart, x1, polish=polish), judge)[1]
+    others = [full(x0, x1), full(apart, x1, polish=polish)] if d < 64 else []
+    rest = " | ".join(f"{scores(pair, bridge, judge)[1]:.4f}" for bridge in others)
     tell(
         f"| {d} | {epsilon} | {n} | {k} | {uvp:.4f} | {kl:.4f} | {middle - start:.0f} "
-        f"| {their_uvp:.3f} | {their_kl:.3f} | {end - middle:.0f} | {LIGHTSB[d, epsilon]} "
-        f"| {rough:.4f} | {uncoupled:.4f} |"
+        f"| {their_uvp:.3f} | {their_kl:.3f} | {end - middle:.0f} | {LIGHTSB[d, epsilon]} | {rest} |"
     )
     assert uvp <= CEILING[d]
     assert kl <= their_kl / 5
