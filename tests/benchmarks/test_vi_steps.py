@@ -104,12 +104,11 @@ def measure(loops, inner, rounds=40, compilations=3):
 
 @contextlib.contextmanager
 def without_compilation_cache():
-    before = jax.config.read("jax_enable_compilation_cache")
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", before)
+        jax.config.update("jax_enable_compilation_cache", True)
 
 
 NAMES = ("genkit", "by hand", "numpyro")
