@@ -8,7 +8,7 @@ import jax.random as jr
 from numpyro.ops.provenance import eval_provenance
 
 from .._core._measure import as_measure
-from ._frame import Frame, Score, Term, active, fold_name, total
+from ._frame import Frame, Score, Term, active, fold_name, magic, total
 from ._laws import unmask
 from ._program import Program
 from ._run import Record, Site
@@ -68,7 +68,21 @@ def elbo_terms(frame: Frame, p: Any, q: Any, p_record: Record, q_record: Record)
             group = score_of(frame.group, site, depends[name])
             group = None if group is None else jnp.broadcast_to(group, jnp.shape(value))
             terms.append(Term(value, score, group))
-    return terms
+    return [*terms, *_without_entropy_noise(frame, q_record)]
+
+
+def _without_entropy_noise(frame: Frame, q_record: Record) -> list[Term]:
+    """Terms of value and mean zero that take the derivative of `-log q` itself out at score sites, where it is noise.
+
+    The factor `magic(log q)` has mean one whatever the parameters, so every derivative of these terms has mean zero.
+    """
+    scored = {entry.address for entry in (*frame.scores, *frame.group)}
+    out = []
+    for site in q_record.sites.values():
+        if site.address in scored and site.law is not None:
+            noise = magic(site.log_prob) - 1
+            out.append(Term(jnp.sum(noise if site.scale is None else site.scale * noise), None, None))
+    return out
 
 
 def by_order(p_record: Record, q_record: Record) -> Dependence:
