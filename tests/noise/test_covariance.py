@@ -44,6 +44,7 @@ def test_fractional_ou_variance_at_two():
             np.testing.assert_allclose(gn.fou_covariance(np.array(HURSTS), 2.0, 2.0, theta), wanted, atol=6e-7)
 
 
+@pytest.mark.slow
 def test_fractional_ou_is_ou_at_one_half():
     with jax.enable_x64(True):
         s, t, theta = 0.3, 0.9, 1.3

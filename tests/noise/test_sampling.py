@@ -36,6 +36,7 @@ def test_a_wrong_index_is_caught():
         stats.assert_covariance(x, gn.fbm_covariance(0.65, TS[:, None], TS[None]))
 
 
+@pytest.mark.slow
 @pytest.mark.key_reuse  # the same key twice, on purpose
 def test_paths_start_at_zero_and_scale_with_time():
     key = jr.key(1)

@@ -42,7 +42,9 @@ def test_index_of_exact_paths(hurst):
         bounds = [(0.03, 0.97), (-3.0, 3.0)]
         best.append(minimize(host, np.array([0.5, 0.0]), jac=True, bounds=bounds, method="L-BFGS-B").x)
     error = np.sqrt(np.linalg.inv(np.asarray(jax.hessian(exact)(jnp.asarray(best[0]))))[0, 0])
-    assert abs(best[1][0] - best[0][0]) < error, f"exact {best[0][0]:.4f} ({error:.4f}), lifted {best[1][0]:.4f}"
+    found = f"H = {hurst}: exact {best[0][0]:.4f} ({error:.4f}), lifted {best[1][0]:.4f}"
+    print(found)  # noqa: T201 (shown by -s)
+    assert abs(best[1][0] - best[0][0]) < error, found
 
 
 @pytest.mark.long
@@ -67,6 +69,8 @@ def test_nuts_over_index_scale_and_rate():
     mcmc.run(jr.key(0))
     samples = mcmc.get_samples(group_by_chain=True)
     rhat = {name: float(gelman_rubin(np.asarray(value))) for name, value in samples.items()}
+    found = {name: f"{value.mean():.3f} ({value.std():.3f}), r-hat {rhat[name]:.4f}" for name, value in samples.items()}
+    print(found)  # noqa: T201 (shown by -s)
     assert max(rhat.values()) < 1.01
     assert abs(float(samples["hurst"].mean()) - 0.7) < 3 * float(samples["hurst"].std())
 
@@ -92,5 +96,6 @@ def test_index_of_the_nile():
     gradient = lambda h: value_and_grad(jnp.asarray([h, *best.x[1:]]))[1][0]
     error = 1 / np.sqrt(float(gradient(best.x[0] + 1e-3) - gradient(best.x[0] - 1e-3)) / 2e-3)
     found = f"H = {best.x[0]:.4f}, error at fixed mean and scale {error:.4f}, log-density {-best.fun:.3f}"
+    print(found)  # noqa: T201 (shown by -s)
     assert abs(best.x[0] - 0.805) < 0.015, found  # a quarter of the standard error
     assert abs(-best.fun + 637.166) < 0.1
