@@ -39,9 +39,12 @@ class StepTable(NamedTuple):
     loss: Any  # (K,) expm1(-gamma u)
     mean: Any  # (K,) integral of exp(-gamma v) over the step
     lag: Any  # (K,) u - mean
+    mean2: Any  # (K,) the same integrated twice: of (u - v) exp(-gamma v)
+    lag2: Any  # (K,) u^2 / 2 - mean2
     noise: Any  # (K, R) end value of the processes started at 0
     brownian: Any  # (R,) increment of W
     integral: Any  # (K, R) time integral of those processes
+    integral2: Any  # (K, R) their double time integral, as far as the normals determine it
 
 
 class Noises(eqx.Module):
@@ -109,12 +112,20 @@ def phi1(x: Any, xp: Any = jnp) -> Any:
     return xp.where(small, 1 - x / 2 + x * x / 6, -xp.expm1(-safe) / safe)
 
 
-def _one_minus_phi1(x: Any, xp: Any) -> Any:
-    """1 - phi1(x) without cancellation."""
+def _phi2(x: Any, xp: Any) -> Any:
+    """(1 - phi1(x)) / x without cancellation."""
     small = xp.abs(x) < 0.05
     safe = xp.where(small, 1.0, x)
-    series = x / 2 * (1 - x / 3 * (1 - x / 4 * (1 - x / 5 * (1 - x / 6 * (1 - x / 7)))))
-    return xp.where(small, series, 1 + xp.expm1(-safe) / safe)
+    series = (1 - x / 3 * (1 - x / 4 * (1 - x / 5 * (1 - x / 6 * (1 - x / 7))))) / 2
+    return xp.where(small, series, (1 + xp.expm1(-safe) / safe) / safe)
+
+
+def _phi3(x: Any, xp: Any) -> Any:
+    """(1/2 - phi2(x)) / x without cancellation."""
+    small = xp.abs(x) < 0.2
+    safe = xp.where(small, 1.0, x)
+    series = (1 - x / 4 * (1 - x / 5 * (1 - x / 6 * (1 - x / 7 * (1 - x / 8 * (1 - x / 9)))))) / 6
+    return xp.where(small, series, (0.5 - _phi2(safe, xp)) / safe)
 
 
 @functools.cache
@@ -141,16 +152,30 @@ def _correlation(rates: Any, u: Any, xp: Any) -> Any:
 
 
 def _factor(corr: Any, order: tuple[int, ...], tolerance: float, xp: Any) -> Any:
-    """Cholesky factor in a fixed order (so that it is continuous in the step), dropping what is determined already."""
+    """Cholesky factor in a fixed order (so that it is continuous in the step), dropping what is determined already.
+
+    Rows beyond the square are those of other variables, known by their correlations: they get the loadings of their
+    conditional expectation.
+    """
     residual, columns = corr, []
+    num = corr.shape[-1]
     for j in order:
         pivot = residual[..., j, j]
         keep = pivot > tolerance
         root = xp.sqrt(xp.where(keep, pivot, 1.0))
         column = xp.where(keep[..., None], residual[..., :, j] / root[..., None], 0.0)
         columns.append(column)
-        residual = residual - column[..., :, None] * column[..., None, :]
+        residual = residual - column[..., :, None] * column[..., None, :num]
     return xp.stack(columns, axis=-1)
+
+
+def _double_integrals(rates: Any, u: Any, xp: Any) -> Any:
+    """Covariances (..., K, K + 1) of the processes' double time integrals over a step with all of their end values."""
+    nodes, weights = panels()
+    v = u[..., None] * (nodes if xp is np else jnp.asarray(nodes, rates.dtype))
+    x = v[..., None] * rates
+    kernel = v[..., None] ** 2 * _phi2(x[..., 1:], xp) * (u[..., None] * xp.asarray(weights, rates.dtype))[..., None]
+    return xp.swapaxes(kernel, -1, -2) @ xp.exp(-x)
 
 
 def make_table(sde: FractionalSDE, grid: Grid) -> Noises:
@@ -167,15 +192,19 @@ def make_table(sde: FractionalSDE, grid: Grid) -> Noises:
     rates = rates if known else jnp.asarray(rates, sde.dtype)
     tolerance = 1e-12 if sde.dtype == jnp.float64 else 1e-6
     order = pivots(lift)
-    unit = _factor(_correlation(rates, u, xp), order, tolerance, xp)
-    rows = unit * xp.sqrt(u[..., None, None] * phi1(2 * u[..., None] * rates, xp)[..., None])
+    scale = xp.sqrt(u[..., None] * phi1(2 * u[..., None] * rates, xp))
+    twice = _double_integrals(rates, u, xp) / xp.where(scale > 0, scale, 1.0)[..., None, :]
+    unit = _factor(xp.concatenate([_correlation(rates, u, xp), twice], axis=-2), order, tolerance, xp)
+    rows, integral2 = unit[..., : rates.size, :] * scale[..., None], unit[..., rates.size :, :]
     columns = tuple(j for j in range(len(order)) if not known or np.abs(rows[..., j]).max(initial=0.0) > 0)
-    rows = rows[..., list(columns)]
+    rows, integral2 = rows[..., list(columns)], integral2[..., list(columns)]
     gamma, x = rates[1:], u[..., None] * rates[1:]
     brownian, noise = rows[..., 0, :], rows[..., 1:, :]
     integral = (brownian[..., None, :] - noise) / gamma[:, None]
-    mean = u[..., None] * phi1(x, xp)
-    table = StepTable(u, xp.expm1(-x), mean, u[..., None] * _one_minus_phi1(x, xp), noise, brownian, integral)
+    length = u[..., None]
+    mean, lag = length * phi1(x, xp), length * x * _phi2(x, xp)
+    mean2, lag2 = length**2 * _phi2(x, xp), length**2 * x * _phi3(x, xp)
+    table = StepTable(u, xp.expm1(-x), mean, lag, mean2, lag2, noise, brownian, integral, integral2)
     if known:
         return Noises(StepTable(*(np.asarray(v, sde.dtype) for v in table)), columns)
     return Noises(table, columns)

@@ -121,9 +121,10 @@ class FractionalSDE(eqx.Module):
         horizon: length T of the time interval, positive; the clock of the lift. Noise is accurate down to about
             `T / lift.hi`.
         x0: initial state (d,) or scalar, or a numpyro law of it with event or batch shape (d,).
-        step: how one time step is made. "path_mean" uses the exact mean of the noise over the step (second order for
-            additive noise, two drift calls); "exponential" adds the exact integral of the diagonal of the drift's
-            Jacobian; "exact" draws affine, uncoupled drift with constant coefficients without any error.
+        step: how one time step is made. "path_mean" uses exact means of the noise over the step (second order for
+            additive noise, two drift calls); "exponential" also integrates the diagonal of the drift's Jacobian exactly
+            (better by orders of magnitude where that is most of the drift, for one more derivative); "exact" draws
+            affine, uncoupled drift with constant coefficients without any error.
 
     Raises:
         ValueError: if an index is outside (0, 1), the horizon is not positive, a coefficient has the wrong shape.

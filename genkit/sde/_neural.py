@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jaxtyping import Array, Float, Key
 
 from genkit._core._checks import check_count, check_key
@@ -127,7 +128,8 @@ class NeuralGuide(AbstractGuide):
         self.encoder = Encoder(embed, eqx.nn.GRUCell(size + 2, width, dtype=sde.dtype, key=key_cell))
         inputs = d + d * (k + r if sde.varying else k) + width + 3
         self.control = _zero_last(_mlp(inputs, 2 * d, width, depth, sde.dtype, key_control))
-        self.origin = _zero_last(_mlp(width, 2 * (d * r + d), width, 1, sde.dtype, key_origin))
+        # Per coordinate, for its r normals of the history and that of its start: a mean and a triangular root.
+        self.origin = _zero_last(_mlp(width, d * (r + 1) * (r + 4) // 2, width, 1, sde.dtype, key_origin))
 
     def condition(self, observed: Observed) -> "NeuralGuide":
         """The same networks on other observations (amortised inference); the linear part is left out.
@@ -173,16 +175,16 @@ class NeuralGuide(AbstractGuide):
     def start(self, plan: Plan, white: Float[Array, " p"]) -> tuple[Array, Array, Array]:
         """The learned factor of history and initial state."""
         linear, context = plan.start
-        shift, spread = jnp.split(self.origin(context), 2)
-        scaled = jnp.exp(spread) * white
+        d = int(self.control.out_size) // 2
+        mean, root, log_det = _start_law(self.origin(context), d)
         if linear is None:
-            eps, squares, log_det = shift + scaled, jnp.sum(jnp.exp(2 * spread)), jnp.sum(spread)
-            mean = shift
+            eps, squares = mean + _from_blocks(jnp.einsum("dij,dj->di", root, _to_blocks(white, d))), jnp.sum(root**2)
         else:
-            mean = linear.shift + shift
-            eps = mean + linear.root @ scaled
-            squares = jnp.sum((linear.root * jnp.exp(spread)) ** 2)
-            log_det = linear.log_det + jnp.sum(spread)
+            mean = linear.shift + mean
+            eps = mean + linear.root @ _from_blocks(jnp.einsum("dij,dj->di", root, _to_blocks(white, d)))
+            columns = jax.vmap(lambda row: _to_blocks(row, d))(linear.root)
+            squares = jnp.sum(jnp.einsum("pdi,dij->pdj", columns, root) ** 2)
+            log_det = linear.log_det + log_det
         log_ratio = (jnp.sum(white**2) - jnp.sum(eps**2)) / 2 + log_det
         return eps, log_ratio, (jnp.sum(mean**2) + squares - white.size) / 2 - log_det
 
@@ -215,6 +217,31 @@ class NeuralGuide(AbstractGuide):
             log_det = law.log_det + jnp.sum(widening)
         log_ratio = (jnp.sum(white**2) - jnp.sum(eps**2)) / 2 + log_det
         return eps, log_ratio, (jnp.sum(mean**2) + squares - white.size) / 2 - log_det
+
+
+def _to_blocks(normals: Array, d: int) -> Array:
+    """Normals of the histories (d * r,) and of the starts (d,), per coordinate: (d, r + 1)."""
+    cut = normals.shape[0] - d
+    return jnp.concatenate([normals[:cut].reshape(d, cut // d), normals[cut:, None]], axis=1)
+
+
+def _from_blocks(blocks: Array) -> Array:
+    """The inverse of `_to_blocks`."""
+    return jnp.concatenate([blocks[:, :-1].ravel(), blocks[:, -1]])
+
+
+def _start_law(outputs: Array, d: int) -> tuple[Array, Array, Array]:
+    """Mean, lower triangular roots per coordinate (d, n, n) and their log-determinant from a network's outputs.
+
+    Observations tie the normals of a history together, which no diagonal root can follow.
+    """
+    rows = outputs.reshape(d, -1)
+    n = int((8 * rows.shape[1] + 9) ** 0.5 - 3) // 2  # rows hold n + n (n + 1) / 2 numbers
+    mean, spread, below = rows[:, :n], rows[:, n : 2 * n], rows[:, 2 * n :]
+    corner = np.tril_indices(n, -1)
+    root = jnp.zeros((d, n, n), rows.dtype).at[:, *corner].set(below)
+    root = root + jax.vmap(jnp.diag)(jnp.exp(spread))
+    return _from_blocks(mean), root, jnp.sum(spread)
 
 
 def _spread(sde: FractionalSDE, driver: Driver) -> Array:

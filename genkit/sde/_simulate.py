@@ -1,4 +1,4 @@
-"""Simulation: one scan over blocks of about sqrt(N) steps, their noise drawn per block, checkpointed for gradients."""
+"""Simulation: one scan over blocks of steps, about sqrt(N) each, their noise drawn per block, checkpointed."""
 
 import dataclasses
 from typing import Any
@@ -70,10 +70,14 @@ def _normals(key: Array, num: int, run: Run) -> Array:
 
 
 def _block_sizes(num_steps: int) -> tuple[int, int, int]:
-    """`(blocks, size, rest)`: a divisor of the step count near its root if there is one, else a shorter last block."""
-    if num_steps <= 64:
+    """`(blocks, size, rest)`: a divisor of the step count near its root if there is one, else a shorter last block.
+
+    The root balances the memory of gradients; it is capped, so that simulation alone takes constant memory. A short run
+    is one block: stepping through each block twice for its gradient would cost a third more time.
+    """
+    if num_steps <= 1024:
         return (1, num_steps, 0)
-    root = round(num_steps**0.5)
+    root = min(round(num_steps**0.5), 256)
     near = [b for b in range(max(root // 2, 1), 2 * root + 1) if num_steps % b == 0]
     size = min(near, key=lambda b: abs(b - root)) if near else root
     return (num_steps // size, size, num_steps % size)
@@ -198,7 +202,8 @@ def simulate(
         key: typed PRNG key.
 
     Returns:
-        The `Paths`. Forward memory does not grow with the number of steps, backward with its square root.
+        The `Paths`. Beyond 1,024 steps a path's forward memory does not grow with their number, its backward memory
+        with their square root (from 65,536 steps on with a 256th of them).
 
     Raises:
         ValueError: if the times are not increasing or outside the horizon, or `max_step` is too long.

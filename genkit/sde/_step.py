@@ -42,8 +42,17 @@ class Noise(NamedTuple):
 
     v: Array  # (d, m) added to v
     area: Array  # (d,) time integral (unit clock) of the noise in B since the start of the step
+    area2: Array  # (d,) its double time integral
     brownian: Array  # (d,) increment of B that comes from W directly
     affine: Array  # (d,) the stochastic convolution of the exact step
+
+
+class Means(NamedTuple):
+    """Means of B over a step since its start, (d,)."""
+
+    plain: Array
+    early: Array  # with weights that fall linearly to 0
+    lead: Array  # half of `early`; three quarters for the Brownian lift, whose path within the step is not drawn
 
 
 class Step(NamedTuple):
@@ -102,8 +111,11 @@ def _varying_driver(sde: FractionalSDE, grid: Grid, table: StepTable, columns: t
         loss=jnp.concatenate([table.loss, still], -1),
         mean=jnp.concatenate([table.mean, still + u], -1),
         lag=jnp.concatenate([table.lag, still], -1),
+        mean2=jnp.concatenate([table.mean2, still + u**2 / 2], -1),
+        lag2=jnp.concatenate([table.lag2, still], -1),
         noise=jnp.concatenate([table.noise, rows], -2),
         integral=jnp.concatenate([table.integral, rows], -2),
+        integral2=jnp.concatenate([table.integral2, rows], -2),
     )
     start = jnp.broadcast_to(start, (d, k + r, r))
     return Driver(table, gain, jnp.zeros((), sde.dtype), start, alpha, None, columns)
@@ -128,13 +140,13 @@ def shape_noise(driver: Driver, step: Step, eps: Array) -> Noise:
     table, exact = pick(driver, step.kind)
     white = eps[:, : len(driver.columns)]
     end = driver.gain * (white @ table.noise.T)
-    inside = driver.gain * (white @ table.integral.T)
-    area = jnp.sum(inside if step.alpha is None else step.alpha[1] * inside, axis=-1)
+    load = driver.gain if step.alpha is None else step.alpha[1] * driver.gain
+    area, area2 = (jnp.sum(load * (white @ rows.T), axis=-1) for rows in (table.integral, table.integral2))
     brownian = driver.direct * (white @ table.brownian)
     affine = jnp.zeros_like(area)
     if exact is not None:
         affine = jnp.sum(exact[0] * white, axis=-1) + exact[1] * eps[:, -1]
-    return Noise(end, area, brownian, affine)
+    return Noise(end, area, area2, brownian, affine)
 
 
 def advance(sde: FractionalSDE, driver: Driver, step: Step, x: Array, v: Array, noise: Noise) -> tuple[Array, Array]:
@@ -150,34 +162,47 @@ def advance(sde: FractionalSDE, driver: Driver, step: Step, x: Array, v: Array, 
         return x + change + s * (noise.affine - jnp.sum(exact[2] * v, axis=-1)), v + dv
     if step.alpha is None:
         increment = jnp.sum(dv, axis=-1) + noise.brownian
-        area = noise.area - jnp.sum(table.lag * v, axis=-1)
+        area, area2 = noise.area - jnp.sum(table.lag * v, axis=-1), noise.area2 - jnp.sum(table.lag2 * v, axis=-1)
     else:
         before, middle, after = step.alpha
         increment = jnp.sum(after * (v + dv) - before * v, axis=-1) + noise.brownian
         area = noise.area + jnp.sum((middle * table.mean - before * table.u) * v, axis=-1)
-    # Mean of B over the step since its start. For the Brownian lift, its expectation given the increment.
-    average = area / jnp.where(table.u > 0, table.u, 1.0) + noise.brownian / 2
-    return _heun(sde, t, h, x, increment, average), v + dv
+        area2 = noise.area2 + jnp.sum((middle * table.mean2 - before * table.u**2 / 2) * v, axis=-1)
+    # For the Brownian lift, expectations given the increment.
+    u = jnp.where(table.u > 0, table.u, 1.0)
+    means = Means(
+        area / u + noise.brownian / 2, 2 * area2 / u**2 + noise.brownian / 3, area2 / u**2 + noise.brownian / 4
+    )
+    return _heun(sde, t, h, x, increment, means), v + dv
 
 
-def _heun(sde: FractionalSDE, t: Array, h: Array, x: Array, increment: Array, average: Array) -> Array:
-    """Stratonovich step: the drift at the path's own middle, the diffusion averaged over the ends."""
-    b = sde.drift(t, x)
+def _heun(sde: FractionalSDE, t: Array, h: Array, x: Array, increment: Array, means: Means) -> Array:
+    """Stratonovich step: the drift at the path's own middle, the diffusion averaged over the ends.
+
+    Two drift calls cannot follow the decay 1 - q h + (q h)^2 / 2 - ... of a linear drift -q x beyond second order. The
+    noise in the first call is chosen to make up for that: with `means.lead` the stationary variance under Brownian
+    noise is right to third order. (None there is too little noise; the whole of `means.early`, right for a drift whose
+    decay is right, too much.)
+    """
     s = jnp.broadcast_to(sde.diffusion(t, x), x.shape)
+    b = sde.drift(t, x + s * means.lead)
     s_end = jnp.broadcast_to(sde.diffusion(t + h, x + h * b + s * increment), x.shape)
     s_mean = (s + s_end) / 2
     if sde.step == "path_mean":
-        middle = x + h / 2 * b + s * average
+        middle = x + h / 2 * b + s * means.plain
         return x + h * sde.drift(t + h / 2, middle) + s_mean * increment
     rate = -jnp.diagonal(jax.jacfwd(lambda x: sde.drift(t, x))(x))
-    middle = x + h / 2 * phi1(rate * h / 2) * b + s * average
+    middle = x + h / 2 * phi1(rate * h / 2) * b + s * means.plain
     pull = sde.drift(t + h / 2, middle) + rate * (middle - x)
-    # int exp(-rate (h - r)) dB = increment - rate int exp(-rate (h - r)) B dr, B taken linear with the exact mean
-    return x + h * phi1(rate * h) * pull + s_mean * (increment - rate * h * _kappa(rate * h) * average)
+    # int exp(-rate (h - r)) dB = increment - rate int exp(-rate (h - r)) B dr; the weight is taken affine in r, so
+    # that a constant and a linear B come out exactly.
+    decay, ramp = phi1(rate * h), _kappa(rate * h)
+    weighted = (3 * ramp - 2 * decay) * means.plain + 3 * (decay - ramp) * means.early
+    return x + h * decay * pull + s_mean * (increment - rate * h * weighted)
 
 
 def _kappa(x: Array) -> Array:
-    """2 (x - 1 + exp(-x)) / x^2: weight of the path's mean in its exponentially weighted mean."""
+    """2 (x - 1 + exp(-x)) / x^2: weight of the path's mean in the exponentially weighted mean of a linear path."""
     small = jnp.abs(x) < 1e-2
     safe = jnp.where(small, 1.0, x)
     series = 1 - x / 3 * (1 - x / 4 * (1 - x / 5 * (1 - x / 6)))

@@ -14,6 +14,8 @@ import stats
 
 import genkit.noise as gn
 import genkit.sde as gs
+from genkit.sde._filter import Gaussian
+from genkit.sde._guide import Plan
 
 
 CHEAP = gn.ma_fbm(5, 0.05, 1e3)
@@ -59,6 +61,33 @@ def test_neural_guide_starts_as_the_linear_one():
     np.testing.assert_allclose(draws[1], draws[0], atol=1e-4)
     kl = [gs.log_weights(sde, g, END, num_particles=8, martingale=False, key=jr.key(2)) for g in (linear, neural)]
     np.testing.assert_allclose(kl[1], kl[0], atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("linear", [True, False])
+def test_start_of_a_neural_guide_is_the_normal_law_it_weighs(linear):
+    """Log-ratio and divergence against the map from white noise to the start, differentiated."""
+    sde = gs.FractionalSDE(
+        gs.OrnsteinUhlenbeck(1.0), gs.Constant(1.0), gn.ma_fbm(2, 0.1, 10.0), 0.7, 1.0, x0=np.zeros(2)
+    )
+    keys = jr.split(jr.key(0), 6)
+    observed = gs.Observed(np.array([1.0]), np.zeros((1, 2)), gs.GaussianNoise(0.1))
+    guide = gs.NeuralGuide(sde, observed, width=4, linear=False, key=keys[0])
+    bias = 0.3 * jr.normal(keys[1], (int(guide.origin.out_size),))
+    guide = eqx.tree_at(lambda g: g.origin.layers[-1].bias, guide, bias)
+    size = 2 * (sde.lift.history_rank + 1)
+    root = jnp.eye(size) + 0.1 * jr.normal(keys[2], (size, size))
+    law = Gaussian(jr.normal(keys[3], (size,)), jnp.zeros((size, 0)), root, jnp.linalg.slogdet(root)[1])
+    plan = Plan((law if linear else None, jnp.zeros(4)), None)
+    white = jr.normal(keys[4], (size,))
+    eps, log_ratio, divergence = guide.start(plan, white)
+    slope = jax.jacfwd(lambda w: guide.start(plan, w)[0])(white)
+    mean, log_det = eps - slope @ white, jnp.linalg.slogdet(slope)[1]
+    np.testing.assert_allclose(log_ratio, (white @ white - eps @ eps) / 2 + log_det, rtol=1e-4)
+    wanted = (mean @ mean + jnp.sum(slope**2) - size) / 2 - log_det
+    np.testing.assert_allclose(divergence, wanted, rtol=1e-4)
+    tied = slope[0, 1:] if linear else slope[1, 0]  # the root is not diagonal
+    assert float(jnp.abs(tied).max()) > 1e-3
 
 
 @pytest.mark.long
