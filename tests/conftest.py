@@ -1,9 +1,12 @@
 """What every test runs under: typed keys used once, warnings as errors, no display, no network."""
 
+import gc
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 
 # Before JAX is imported: where a compilation cache is named, small programs are worth keeping too.
@@ -57,6 +60,21 @@ def _key_reuse_check(request: pytest.FixtureRequest) -> Iterator[None]:
     """
     with jax.debug_key_reuse(not {"key_reuse", "benchmark"} & set(request.keywords)):
         yield
+
+
+# Linux gives a process 65,530 memory mappings, and every compiled program takes several.
+MAPPINGS = Path("/proc/self/maps")
+MANY_MAPPINGS = 20_000
+tests_so_far = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def _forget_programs() -> Iterator[None]:
+    """Forget all compiled programs when they take up many mappings; the cache on disk has them, where there is one."""
+    yield
+    if next(tests_so_far) % 25 == 0 and MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MANY_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
