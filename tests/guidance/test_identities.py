@@ -39,7 +39,7 @@ def test_off_is_the_condition_at_one_pass():
         "negative": gg.negative(1.0, 2),
         "autoguide": gg.autoguide(law, 1.0),
         "perturbed": gg.perturbed(law, 0.0),
-        "gfcg": gg.gfcg(lambda x0: x0, 1.0),
+        "gfcg": gg.gfcg(lambda x0: jnp.append(x0, 0.0), 1.0),
     }
     for name, guidance in off.items():
         draws = draw(guidance)
