@@ -26,6 +26,8 @@ needs = {"start": "models/digits_pairs.py"}
 
 def build(key, start):
     """The distillation before training: the fake denoiser starts as the teacher."""
+    if getattr(getattr(start, "positives", None), "latents", None) is None:
+        raise TypeError(f"`start` must be a run of models/digits_pairs.py; got a {type(start).__name__} without pairs.")
     features = start.teacher
     net = gk.distill.Discriminator((1, 8, 8), width=128, num_labels=10, sigma_data=0.7, features=features, key=key)
     return gk.distill.Distillation(

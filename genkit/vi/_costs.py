@@ -109,7 +109,7 @@ def by_data(p: Any, q: Any, p_record: Record, q_record: Record) -> Dependence | 
             lambda **given: _flow(p, q, q_record, {names[k]: v for k, v in given.items()}),
             **{k: draws[name] for k, name in names.items()},
         )
-    except (*_UNTRACEABLE, NotImplementedError):
+    except (*_UNTRACEABLE, NotImplementedError):  # the second: numpyro laws that cannot be drawn from
         return None
     found = jax.tree.map(lambda reads: frozenset(names[k] for k in reads), found, is_leaf=_is_set)
     before: dict[str, frozenset[str]] = {}
