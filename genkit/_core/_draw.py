@@ -19,6 +19,10 @@ from ._runner_static import Patterns
 from ._table import HISTORY, Table
 
 
+# Of the key of a draw, 0 is folded in for its start and this for the loop.
+LOOP = 1
+
+
 class State(NamedTuple):
     """What the scan carries; the batch axis comes first, in `history` second."""
 
@@ -64,8 +68,8 @@ class Draw(eqx.Module):
     Args:
         runner: the guided denoiser.
         hooks: guidance, transforms, population.
-        seeds: data of one key per draw `(n, ...)`: as data, because a table under `vmap` turns branches into
-            selections, which keys do not survive.
+        seeds: data of one key per draw `(n, ...)`, the one its start was drawn from too: as data, because a table under
+            `vmap` turns branches into selections, which keys do not survive.
         impl: the kind of these keys.
         cond: conditions with leading axis `n`, or `None`.
         trajectory: also return the state before each row and at the end.
@@ -136,7 +140,9 @@ class Draw(eqx.Module):
 
     @property
     def _loop_keys(self) -> Array:
-        return jax.random.wrap_key_data(self.seeds, impl=self.impl)
+        """The keys that `start` leaves for the loop, derived where they are used: most rows draw no noise."""
+        keys = jax.random.wrap_key_data(self.seeds, impl=self.impl)
+        return jax.vmap(lambda key: jax.random.fold_in(key, LOOP))(keys)
 
     @property
     def _guidance(self) -> Guidance:

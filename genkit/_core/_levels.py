@@ -3,10 +3,8 @@
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from ._checks import check, is_concrete
-from ._table import Table
 
 
 # Ends of a range are compared up to rounding in single precision.
@@ -35,10 +33,3 @@ def check_levels(levels: Any, denoiser: Any) -> None:
     hint = "Choose the ends of the grid within, for example by `time_uniform(schedule, ...)`."
     expected = f"within the noise levels {low:.4g} to {high:.4g} of the model's schedule"
     check(not outside.size, "sampler", expected, f"level {outside[0]:.4g}" if outside.size else "", hint)
-
-
-def evaluated(table: Table) -> Float[np.ndarray, " calls"] | None:
-    """The noise levels at which a table evaluates the denoiser; `None` where they are traced."""
-    if not (is_concrete(table.sigma) and is_concrete(table.evaluate)):
-        return None
-    return np.asarray(table.sigma, np.float64)[np.asarray(table.evaluate)]

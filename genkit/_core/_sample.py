@@ -16,6 +16,7 @@ from ._draws import Draws
 from ._guidance_checks import check_guidance
 from ._levels import check_levels
 from ._sampler import AbstractSampler, Sampler, as_sampler, at_steps
+from ._table import Table
 
 
 # Draw i takes fold_in(key, i); what is fitted before drawing takes a number that no draw has.
@@ -74,7 +75,9 @@ def sample(
     """
     check_key(key)
     check_count("num_samples", num_samples)
-    sampler = jax.tree.map(_strong, _with_guidance(as_sampler(sampler), guidance))
+    # A bare table is wrapped where compiled: on the host each object made costs a small network's rows.
+    bare = isinstance(sampler, Table) and guidance is None
+    sampler = _strong(sampler if bare else _with_guidance(as_sampler(sampler), guidance))
     if not callable(denoiser):
         raise TypeError(
             f"`denoiser` must be a callable (x, sigma, cond=None) -> x0; got {describe(denoiser)}. "
@@ -89,43 +92,64 @@ def sample(
     if hasattr(sampler, "fitted_to"):
         sampler = sampler.fitted_to(denoiser, cond=cond, shape=shape, key=jax.random.fold_in(key, _FIT))
     if isinstance(sampler, Sampler):
-        check_guidance(sampler.guidance, sampler.table, denoiser, cond)
-        sampler = sampler.prepared(shape, cond)
+        if sampler.guidance is not None:
+            check_guidance(sampler.guidance, sampler.table, denoiser, cond)
+        if sampler.plan == "static":
+            sampler = sampler.prepared(shape, cond)
     batches = []
     starts = range(0, num_samples, size)
-    for start in tqdm(starts, desc="sample", unit="batch", disable=None if len(starts) > 1 else True, delay=2):
-        rows = np.arange(start, start + size)
+    # A bar costs as much as a row of a small network, and one batch has no use for it.
+    bar = tqdm(starts, desc="sample", unit="batch", disable=None, delay=2) if len(starts) > 1 else starts
+    for start in bar:
+        rows = np.arange(start, start + size, dtype=np.int32)
         # Padding repeats the last draw's condition and state under keys that no draw has.
         held = np.minimum(rows, num_samples - 1)
         pick = lambda leaf, held=held: leaf if len(starts) == 1 else leaf[held]
         inputs = jax.tree.map(pick, (cond, x_init))
-        draws = _draw(sampler, denoiser, key, jnp.asarray(rows), inputs, shape, trajectory)
-        if trajectory and isinstance(sampler, Sampler):
-            draws = eqx.tree_at(lambda d: d.trajectory, draws, at_steps(sampler.table, draws.trajectory))
-        retrace = lambda i=inputs, r=rows: _draw(sampler, denoiser, key, jnp.asarray(r), i, shape, True)
-        draws = _check_draws(draws, start, num_samples, sampler, retrace)
+        draws, finite = _draw(sampler, denoiser, key, rows, inputs, shape, trajectory)
+        table = _table(sampler)
+        if trajectory and table is not None:
+            draws = eqx.tree_at(lambda d: d.trajectory, draws, at_steps(table, draws.trajectory))
+        retrace = lambda i=inputs, r=rows: _draw(sampler, denoiser, key, r, i, shape, True)[0]
+        draws = _check_draws(draws, finite, start, num_samples, table, retrace)
         batches.append(draws)
     return _join(batches, num_samples, size)
 
 
 @eqx.filter_jit
 def _draw(
-    sampler: AbstractSampler, denoiser: Callable, key: Array, rows: Array, inputs: Any, shape: Any, trajectory: bool
-) -> Draws:
-    """One batch, compiled."""
+    sampler: AbstractSampler | Table,
+    denoiser: Callable,
+    key: Array,
+    rows: Array | np.ndarray,
+    inputs: Any,
+    shape: Any,
+    trajectory: bool,
+) -> tuple[Draws, Array]:
+    """One batch, compiled, and which of its draws are finite."""
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(rows)
     cond, x_init = inputs
     extra = {"trajectory": True} if trajectory else {}
-    return sampler.draw(denoiser, keys, cond=cond, x_init=x_init, shape=shape, **extra)
+    draws = as_sampler(sampler).draw(denoiser, keys, cond=cond, x_init=x_init, shape=shape, **extra)
+    return draws, jnp.all(jnp.isfinite(draws.value), axis=tuple(range(1, draws.value.ndim)))
 
 
-def _strong(leaf: Any) -> Any:
-    """A number made from a Python number, of a definite dtype: `2.0` and `jnp.float32(2)` must not compile twice."""
-    if not (isinstance(leaf, jax.Array) and leaf.weak_type):
-        return leaf
+def _strong(tree: Any) -> Any:
+    """Numbers made from Python numbers, of a definite dtype: `2.0` and `jnp.float32(2)` must not compile twice."""
+    weak = lambda leaf: isinstance(leaf, jax.Array) and leaf.weak_type
+    if not any(map(weak, jax.tree.leaves(tree))):
+        return tree
     # A concrete scalar goes through the host, which compiles nothing.
-    small = leaf.ndim == 0 and is_concrete(leaf)
-    return jnp.asarray(np.asarray(leaf) if small else leaf, leaf.dtype)
+    small = lambda leaf: leaf.ndim == 0 and is_concrete(leaf)
+    definite = lambda leaf: jnp.asarray(np.asarray(leaf) if small(leaf) else leaf, leaf.dtype)
+    return jax.tree.map(lambda leaf: definite(leaf) if weak(leaf) else leaf, tree)
+
+
+def _table(sampler: AbstractSampler | Table) -> Table | None:
+    """The table that a sampler runs; `None` for those that run none."""
+    if isinstance(sampler, Table):
+        return sampler
+    return sampler.table if isinstance(sampler, Sampler) else None
 
 
 def _with_guidance(sampler: AbstractSampler, guidance: Any) -> AbstractSampler:
@@ -231,26 +255,25 @@ def _check_cond(cond: Any, denoiser: Any, num_samples: int, block: int) -> Array
 
 
 def _check_draws(
-    draws: Draws, start: int, num_samples: int, sampler: AbstractSampler, retrace: Callable[[], Draws]
+    draws: Draws, finite: Array, start: int, num_samples: int, table: Table | None, retrace: Callable[[], Draws]
 ) -> Draws:
     """Refuse draws that hold NaN or infinity, saying where they arose."""
-    if not is_concrete(draws.value):
-        bad = ~jnp.all(jnp.isfinite(draws.value))
-        value = eqx.error_if(draws.value, bad, "`gk.sample`: a draw holds NaN or infinity.")
+    if not is_concrete(finite):
+        value = eqx.error_if(draws.value, ~jnp.all(finite), "`gk.sample`: a draw holds NaN or infinity.")
         return eqx.tree_at(lambda d: d.value, draws, value)
-    finite = np.all(np.isfinite(np.asarray(draws.value)).reshape(len(draws.value), -1), axis=1)[: num_samples - start]
-    if finite.all():
+    real = np.asarray(finite)[: num_samples - start]
+    if real.all():
         return draws
-    first = int(np.flatnonzero(~finite)[0])
+    first = int(np.flatnonzero(~real)[0])
     where = ""
-    if isinstance(sampler, Sampler):
+    if table is not None:
         states = np.asarray(retrace().trajectory)[first]
         broken = ~np.isfinite(states).reshape(len(states), -1).all(axis=1)
         row = max(int(np.argmax(broken)) - 1, 0)
-        level = float(np.asarray(sampler.table.sigma)[row])
+        level = float(np.asarray(table.sigma)[row])
         where = f", first after row {row} of the sampler (noise level {level:g})"
     error = NonFiniteError(
-        f"draws must be finite; got NaN or infinity in {int((~finite).sum())} of {finite.size} draws of a batch, draw "
+        f"draws must be finite; got NaN or infinity in {int((~real).sum())} of {real.size} draws of a batch, draw "
         f"{start + first}{where}. Check the denoiser at that noise level, the scale of the guidance, and `x_init`; "
         "`error.draws` keeps the batch."
     )

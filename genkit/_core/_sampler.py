@@ -12,10 +12,9 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Inexact, Key
 
 from ._checks import check, check_choice, describe, is_concrete
-from ._draw import Draw
+from ._draw import LOOP, Draw
 from ._draws import Draws
 from ._guidance import Guidance, Hooks, collect_hooks
-from ._levels import evaluated
 from ._runner import PLANS, Runner, Unguided
 from ._runner_static import Patterns, static_patterns
 from ._table import Table
@@ -108,7 +107,7 @@ class Sampler(AbstractSampler):
     @property
     def levels(self) -> Float[np.ndarray, " calls"] | None:
         """The noise levels at which the model is asked; `None` where they are traced."""
-        return evaluated(self.table)
+        return self.table.levels
 
     def draw(
         self,
@@ -124,11 +123,11 @@ class Sampler(AbstractSampler):
         hooks = collect_hooks(self.guidance)
         _check_condition(hooks, cond)
         check(len(keys) % self.block_size == 0, "keys", f"a multiple of {self.block_size} (the population)", len(keys))
-        x_init, loop_keys = start(keys, jnp.asarray(self.table.sigma)[0], x_init, shape)
+        x_init, _ = start(keys, jnp.asarray(self.table.sigma)[0], x_init, shape)
         guidance = Unguided() if hooks.guidance is None else hooks.guidance
         runner = Runner(model, guidance, self.plan, self.fuse)
         patterns = self._patterns(guidance, shape, cond) if self.plan == "static" else None
-        seeds, impl = jax.random.key_data(loop_keys), jax.random.key_impl(keys)
+        seeds, impl = jax.random.key_data(keys), jax.random.key_impl(keys)
         loop = Draw(runner, hooks, seeds, cond, impl, trajectory, self.noise)
         value, tally, info, states = loop(self.table, x_init, patterns)
         return Draws(value, tally.executed, tally.logical, info, at_steps(self.table, states))
@@ -162,7 +161,7 @@ def start(
     Returns:
         States `(n, *shape)`, and one further key per draw, the same whether states were given or not.
     """
-    first, rest = (jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(keys) for i in (0, 1))
+    first, rest = (jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(keys) for i in (0, LOOP))
     if x_init is None:
         noise = jax.vmap(lambda key: jax.random.normal(key, shape))(first)
         x_init = jnp.asarray(level, noise.dtype) * noise

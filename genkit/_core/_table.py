@@ -163,6 +163,13 @@ class Table(eqx.Module):
         return int(np.sum(self.evaluate))
 
     @property
+    def levels(self) -> Float[np.ndarray, " calls"] | None:
+        """The noise levels at which the denoiser is evaluated; `None` where they are traced."""
+        if not (is_concrete(self.sigma) and is_concrete(self.evaluate)):
+            return None
+        return np.asarray(self.sigma, np.float64)[np.asarray(self.evaluate)]
+
+    @property
     def num_rows(self) -> int:
         """Number of rows; tables of equal row count share one compiled program."""
         return np.shape(self.sigma)[-1]

@@ -3,7 +3,6 @@
 from typing import Any
 
 from genkit._core import _levels
-from genkit._core._table import Table
 
 
 def check_levels(sampler: Any, denoiser: Any) -> None:
@@ -27,4 +26,4 @@ def check_levels(sampler: Any, denoiser: Any) -> None:
         >>> denoiser = gk.diffusion.Preconditioned(net, "eps", schedule=gk.diffusion.VE(0.01, 50.0))
         >>> gk.diffusion.check_levels(gk.diffusion.ddim(gk.diffusion.karras(10, 0.02, 50.0)), denoiser)
     """
-    _levels.check_levels(_levels.evaluated(sampler) if isinstance(sampler, Table) else sampler, denoiser)
+    _levels.check_levels(sampler, denoiser)
