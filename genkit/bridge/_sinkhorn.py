@@ -179,10 +179,8 @@ def sinkhorn(
     epsilon = jnp.asarray(epsilon, x.dtype)
     log_a = _log_weights("a", a, x.shape[0], x.dtype, balanced=tau is None)
     log_b = _log_weights("b", b, y.shape[0], x.dtype, balanced=tau is None)
-    cost = PointCost(x, y)
-    state = sinkhorn_potentials(cost, log_a, log_b, epsilon, tau=tau, tolerance=tol, max_iterations=max_iterations)
-    potentials = _implicit(x, y, log_a, log_b, epsilon, tau, state.f, state.g)
-    value = transport_value(cost, log_a, log_b, epsilon, state, tau=tau)
+    tau = None if tau is None else jnp.asarray(tau, x.dtype)
+    state, potentials, value = _solve(x, y, log_a, log_b, epsilon, tau, jnp.asarray(tol, x.dtype), max_iterations)
     return DiscretePlan(
         x,
         y,
@@ -195,6 +193,15 @@ def sinkhorn(
         converged=state.converged,
         num_iterations=state.num_iterations,
     )
+
+
+@eqx.filter_jit
+def _solve(x, y, log_a, log_b, epsilon, tau, tol, max_iterations):
+    """Iteration, derivatives of its end and value in one program: outside of one, each call would trace the latter."""
+    cost = PointCost(x, y)
+    state = sinkhorn_potentials(cost, log_a, log_b, epsilon, tau=tau, tolerance=tol, max_iterations=max_iterations)
+    potentials = _implicit(x, y, log_a, log_b, epsilon, tau, state.f, state.g)
+    return state, potentials, transport_value(cost, log_a, log_b, epsilon, state, tau=tau)
 
 
 def _implicit(x, y, log_a, log_b, epsilon, tau, f, g):

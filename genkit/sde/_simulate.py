@@ -120,7 +120,8 @@ def simulate_run(run: Run, guide: AbstractGuide | None, plan: Plan | None, x0: A
     blocks, size, rest = _block_sizes(num_steps)
     inputs = (run.steps, None if plan is None else plan.steps)
     take = lambda a, b: jax.tree.map(lambda x: x[a:b], inputs)
-    keep_all = num_steps <= 4 * slots.size
+    # All states of a single block are at hand: picking the wanted ones is cheaper than scattering them.
+    keep_all = blocks == 1 or num_steps <= 4 * slots.size
     saved = np.full(num_steps, slots.size)  # out of range: not saved
     saved[slots[slots > 0] - 1] = np.flatnonzero(slots > 0)
 
@@ -158,8 +159,10 @@ def simulate_run(run: Run, guide: AbstractGuide | None, plan: Plan | None, x0: A
         cut = blocks * size
         state, tail = outer(state, (jnp.asarray(blocks), take(cut, num_steps), where[cut:]))
         states = states if tail is None else jnp.concatenate([states, tail])
-    (_, _, weight, kl), out = state
-    if keep_all:
+    (last, _, weight, kl), out = state
+    if (slots == num_steps).all():
+        out = jnp.broadcast_to(last, out.shape)  # nothing between is asked for, nor kept by the compiler
+    elif keep_all:
         out = states[np.maximum(slots - 1, 0)]
     starts = (slots == 0)[:, None]
     return (jnp.where(starts, first, out) if starts.any() else out), weight, kl

@@ -172,6 +172,7 @@ def test_the_torch_networks_are_the_same():
 
 @pytest.mark.benchmark
 @pytest.mark.timeout(1800)
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of torch.compile itself
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_a_cycle_beside_torch(compiled):
     pytest.importorskip("torch")

@@ -7,7 +7,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from numpyro.diagnostics import gelman_rubin
+from numpyro.diagnostics import effective_sample_size, gelman_rubin
 from numpyro.infer import MCMC, NUTS
 from scipy.optimize import minimize
 
@@ -99,3 +99,52 @@ def test_index_of_the_nile():
     print(found)  # noqa: T201 (shown by -s)
     assert abs(best.x[0] - 0.805) < 0.015, found  # a quarter of the standard error
     assert abs(-best.fun + 637.166) < 0.1
+
+
+def exact_posterior(flow, indices):
+    """Mean and deviation of H where its prior is uniform, that of the mean flat, of the scale 1/s: both integrated."""
+    lags, num = np.arange(flow.size), flow.size
+    log_weights = []
+    for h in indices:
+        row = 0.5 * (np.abs(lags + 1) ** (2 * h) - 2 * lags ** (2 * h) + np.abs(lags - 1) ** (2 * h))
+        root = np.linalg.cholesky(row[np.abs(lags[:, None] - lags)])
+        y, one = np.linalg.solve(root, np.stack([flow, np.ones(num)], 1)).T
+        precision = one @ one
+        rest = y @ y - (one @ y) ** 2 / precision
+        log_weights.append(-np.log(np.diag(root)).sum() - 0.5 * np.log(precision) - 0.5 * (num - 1) * np.log(rest))
+    weights = np.exp(np.array(log_weights) - max(log_weights))
+    weights = weights / weights.sum()
+    mean = weights @ indices
+    return mean, np.sqrt(weights @ (indices - mean) ** 2)
+
+
+@pytest.mark.long
+@pytest.mark.key_reuse  # numpyro's chains split one key themselves
+@pytest.mark.usefixtures("x64")
+def test_posterior_of_the_index_of_the_nile():
+    """NUTS over (H, mean, scale) under the default lift beside the exact posterior of fractional Gaussian noise."""
+    flow, ts, lift = jnp.asarray(gk.data.nile()[1]), np.arange(1.0, 101.0), gn.ma_fbm()
+
+    def model():
+        hurst = numpyro.sample("hurst", dist.Uniform(0.05, 0.97))
+        place, log_scale = (numpyro.sample(n, dist.ImproperUniform(dist.constraints.real, (), ())) for n in "ms")
+        sde = gs.FractionalSDE(lambda t, x: 0 * x, gs.Constant(1.0), lift, hurst, 100.0)
+        standard = (flow - 900 - 100 * place) / (100 * jnp.exp(log_scale))
+        path = gs.Observed(ts, jnp.cumsum(standard), gs.GaussianNoise(0.02))
+        numpyro.factor("flow", gs.kalman(sde, path) - 100 * log_scale)
+
+    mcmc = MCMC(
+        NUTS(model), num_warmup=200, num_samples=500, num_chains=2, chain_method="vectorized", progress_bar=False
+    )
+    mcmc.run(jr.key(0))
+    draws = np.asarray(mcmc.get_samples(group_by_chain=True)["hurst"])
+    size = float(effective_sample_size(draws))
+    mean, deviation = exact_posterior(np.asarray(flow), np.linspace(0.05, 0.97, 185))
+    found = (
+        f"H = {draws.mean():.4f} ({draws.std():.4f}), exact {mean:.4f} ({deviation:.4f}), {size:.0f} effective draws"
+    )
+    print(found, f"r-hat {float(gelman_rubin(draws)):.4f}")  # noqa: T201 (shown by -s)
+    assert gelman_rubin(draws) < 1.02
+    # A quarter of the deviation for the lift, and five standard errors.
+    assert abs(draws.mean() - mean) < 0.25 * deviation + 5 * deviation / np.sqrt(size), found
+    assert abs(draws.std() / deviation - 1) < 0.15, found
