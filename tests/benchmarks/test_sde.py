@@ -22,6 +22,7 @@ import genkit.noise as gn
 import genkit.sde as gs
 
 
+WIDTHS = {"small network": 32, "network": 200}
 pytestmark = [pytest.mark.benchmark, pytest.mark.key_reuse]  # diffrax consumes its keys twice
 
 
@@ -51,7 +52,7 @@ def compare(functions, x0, budget=2.0):
 def drift_of(kind) -> Any:
     if kind == "scalar":
         return lambda t, x: -x
-    return eqx.nn.MLP(1, 1, 200, 2, activation=jnp.tanh, key=jr.key(0)).__call__
+    return eqx.nn.MLP(1, 1, WIDTHS[kind], 2, activation=jnp.tanh, key=jr.key(0)).__call__
 
 
 def as_drift(kind):
@@ -101,15 +102,15 @@ def batched(maker, gradient, batch):
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("steps", [100, 1000])
 @pytest.mark.parametrize("batch", [32, 256, 1024])
-@pytest.mark.parametrize("kind", ["scalar", "network"])
+@pytest.mark.parametrize("kind", ["scalar", "small network", "network"])
 def test_against_a_scan_and_diffrax(kind, batch, steps, gradient):
     ratio, gain = scan_and_diffrax(kind, batch, steps, gradient)
     assert ratio <= 1.2
-    assert gain >= (10 if kind == "scalar" else 1)
+    assert gain >= {"scalar": 10, "small network": 7 if batch == 256 else 1, "network": 1}[kind]
 
 
 @pytest.mark.xfail(strict=True, raises=AssertionError, reason="1.2: two calls of a 200-wide network are all it takes")
-def test_a_network_against_diffrax():
+def test_a_wide_network_against_diffrax():
     """Seven times faster: out of reach, as the hand-written scan, too, spends its time in the network."""
     _, gain = scan_and_diffrax("network", 256, 100, False)
     assert gain >= 7
