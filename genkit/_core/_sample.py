@@ -75,7 +75,8 @@ def sample(
     """
     check_key(key)
     check_count("num_samples", num_samples)
-    # A bare table is wrapped where compiled: on the host each object made costs a small network's rows.
+    # A bare table is wrapped where it is compiled: on the host, making a `Sampler` costs as much as rows of a small
+    # network.
     bare = isinstance(sampler, Table) and guidance is None
     sampler = _strong(sampler if bare else _with_guidance(as_sampler(sampler), guidance))
     if not callable(denoiser):
@@ -96,6 +97,7 @@ def sample(
             check_guidance(sampler.guidance, sampler.table, denoiser, cond)
         if sampler.plan == "static":
             sampler = sampler.prepared(shape, cond)
+    table = _table(sampler)
     batches = []
     starts = range(0, num_samples, size)
     # A bar costs as much as a row of a small network, and one batch has no use for it.
@@ -107,7 +109,6 @@ def sample(
         pick = lambda leaf, held=held: leaf if len(starts) == 1 else leaf[held]
         inputs = jax.tree.map(pick, (cond, x_init))
         draws, finite = _draw(sampler, denoiser, key, rows, inputs, shape, trajectory)
-        table = _table(sampler)
         if trajectory and table is not None:
             draws = eqx.tree_at(lambda d: d.trajectory, draws, at_steps(table, draws.trajectory))
         retrace = lambda i=inputs, r=rows: _draw(sampler, denoiser, key, r, i, shape, True)[0]

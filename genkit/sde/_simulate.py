@@ -120,8 +120,9 @@ def simulate_run(run: Run, guide: AbstractGuide | None, plan: Plan | None, x0: A
     blocks, size, rest = _block_sizes(num_steps)
     inputs = (run.steps, None if plan is None else plan.steps)
     take = lambda a, b: jax.tree.map(lambda x: x[a:b], inputs)
+    end_only = bool((slots == num_steps).all())
     # All states of a single block are at hand: picking the wanted ones is cheaper than scattering them.
-    keep_all = blocks == 1 or num_steps <= 4 * slots.size
+    keep_all = not end_only and (blocks == 1 or num_steps <= 4 * slots.size)
     saved = np.full(num_steps, slots.size)  # out of range: not saved
     saved[slots[slots > 0] - 1] = np.flatnonzero(slots > 0)
 
@@ -144,7 +145,7 @@ def simulate_run(run: Run, guide: AbstractGuide | None, plan: Plan | None, x0: A
         carry, states = block(carry, index, inputs)
         if keep_all:
             return (carry, out), states
-        return (carry, out.at[where].set(states, mode="drop")), None
+        return (carry, out if end_only else out.at[where].set(states, mode="drop")), None
 
     out = jnp.zeros((slots.size, *first.shape), first.dtype)
     grouped = jax.tree.map(lambda x: x[: blocks * size].reshape(blocks, size, *x.shape[1:]), inputs)
@@ -160,8 +161,8 @@ def simulate_run(run: Run, guide: AbstractGuide | None, plan: Plan | None, x0: A
         state, tail = outer(state, (jnp.asarray(blocks), take(cut, num_steps), where[cut:]))
         states = states if tail is None else jnp.concatenate([states, tail])
     (last, _, weight, kl), out = state
-    if (slots == num_steps).all():
-        out = jnp.broadcast_to(last, out.shape)  # nothing between is asked for, nor kept by the compiler
+    if end_only:
+        out = jnp.broadcast_to(last, out.shape)
     elif keep_all:
         out = states[np.maximum(slots - 1, 0)]
     starts = (slots == 0)[:, None]

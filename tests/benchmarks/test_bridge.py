@@ -15,6 +15,7 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
+from timing import medians
 
 import genkit as gk
 from genkit.bridge._fit_light import run_adam, start_bridge
@@ -23,24 +24,6 @@ from genkit.bridge._objectives import LightObjective, UnpairedBatches
 
 pytestmark = pytest.mark.benchmark
 K, DIM, BATCH, EPSILON = 10, 50, 128, 0.1
-
-
-def interleaved(calls, repeats=7):
-    """Median seconds of each call, in turns, so that a busy machine disturbs all alike.
-
-    A quick call is made once more before each timing, lest it pays for caches that a slow one before it has emptied.
-    """
-    times = {name: [] for name in calls}
-    for call in calls.values():
-        jax.block_until_ready(call())
-    for _ in range(repeats):
-        for name, call in calls.items():
-            if not times[name] or times[name][-1] < 1.0:
-                jax.block_until_ready(call())
-            began = time.perf_counter()
-            jax.block_until_ready(call())
-            times[name].append(time.perf_counter() - began)
-    return {name: float(np.median(values)) for name, values in times.items()}
 
 
 @functools.cache
@@ -135,12 +118,13 @@ def test_fit_step_against_hand_written_jax():
         start, data, LightObjective(), rate, few, jr.key(2), num_steps=steps, guard=guard, published=published
     )[1]
     params = published_start(x1, jr.key(3))
-    seconds = interleaved(
+    seconds = medians(
         {
             "genkit": lambda: ours(True, False),
             "by hand": lambda: by_hand(params, x0, x1, jr.key(2), rate, steps=steps),
             "genkit, anchored and guarded": lambda: ours(False, True),
-        }
+        },
+        repeats=7,
     )
     print({name: f"{1e6 * value / steps:.0f} us/step" for name, value in seconds.items()})
     print(f"ratio {seconds['genkit'] / seconds['by hand']:.2f}")
@@ -156,7 +140,7 @@ def test_fit_step_against_torch():
     fit = functools.partial(
         gk.bridge.fit_light, x0, x1, EPSILON, K, init="published", num_steps=steps, batch_size=BATCH, key=jr.key(2)
     )
-    seconds = interleaved(
+    seconds = medians(
         {
             "genkit, the whole call": lambda: fit()[1].objective,
             "torch": lambda: by_torch(params, x0, x1, rate, steps=steps, fused=fused),
@@ -190,7 +174,7 @@ def test_time_to_target():
         reached = _judge(pair, fit()[0])
         if reached <= target:
             break
-    seconds = interleaved({"genkit": lambda: fit()[1].objective, "by hand": recipe}, repeats=3)
+    seconds = medians({"genkit": lambda: fit()[1].objective, "by hand": recipe}, repeats=3)
     print(f"target KL {target:.3f}; genkit {reached:.3f} after {ours} steps", seconds)
     assert reached <= target
     assert seconds["genkit"] < 1.1 * seconds["by hand"]
@@ -230,7 +214,7 @@ def test_exact_paths_against_euler_at_equal_error():
     errors = {name: error(sampler) for name, sampler in samplers.items()}
     equal = next((name for name in list(errors)[1:] if errors[name] <= 1.5 * errors["exact"]), 300)
     calls = {name: functools.partial(draw, samplers[name], bridge, x0) for name in ("exact", equal)}
-    seconds = interleaved(calls, repeats=3)
+    seconds = medians(calls, repeats=3)
     print({name: f"{value:.4f} %" for name, value in errors.items()})
     print({name: f"{n / value:.0f} draws/s" for name, value in seconds.items()})
     assert seconds["exact"] < seconds[equal] / 5
@@ -299,6 +283,6 @@ def test_sinkhorn_against_ott_and_pot(epsilon):
         threshold, error = matched(solve, 1e-3)
         calls[name] = lambda solve=solve, threshold=threshold: solve(threshold)[0]
         print(f"{name}: threshold {threshold}, marginal error {error:.1e}")
-    seconds = interleaved(calls, repeats=3)
+    seconds = medians(calls, repeats=3)
     print(f"epsilon {epsilon}", {name: f"{1e3 * value:.0f} ms" for name, value in seconds.items()})
     assert all(seconds["genkit"] <= 1.1 * value for value in seconds.values())

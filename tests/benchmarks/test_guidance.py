@@ -7,8 +7,6 @@ The comparison with the guiders of diffusers runs where torch and diffusers are 
 
 import itertools
 import re
-import statistics
-import time
 
 import equinox as eqx
 import jax
@@ -16,7 +14,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from timing import compare
+from timing import compare, medians
 
 import genkit as gk
 
@@ -45,19 +43,6 @@ class Network(eqx.Module):
             h = jax.nn.silu(layer(h))
         exact = mean + (x - mean) * 0.25 / (0.25 + sigma**2)
         return exact + 1e-3 * self.layers[-1](h)
-
-
-def median_times(*runs, repeats=7):
-    """Interleaved medians after one warm-up each."""
-    for run in runs:
-        jax.block_until_ready(run())
-    times = [[] for _ in runs]
-    for _ in range(repeats):
-        for run, own in zip(runs, times, strict=True):
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            own.append(time.perf_counter() - start)
-    return [statistics.median(own) for own in times]
 
 
 def sampler_run(network, table, guidance, n, plan="dynamic"):
@@ -113,9 +98,9 @@ def test_adaptive_guidance_saves_time():
     gated = gk.Sampler(table, gg.adaptive(gg.cfg(3.0), 0.99), plan="compact")
     draws = gk.sample(gated, network, n, cond=jnp.arange(n) % 4, shape=(DIM,), key=jr.key(1))
     saved = 1 - float(draws.nfe.sum()) / float(guided.nfe.sum())
-    runs = [sampler_run(network, table, gg.cfg(3.0), n)]
-    runs.append(sampler_run(network, table, gg.adaptive(gg.cfg(3.0), 0.99), n, "compact"))
-    full, short = median_times(*runs)
+    runs = {"full": sampler_run(network, table, gg.cfg(3.0), n)}
+    runs["short"] = sampler_run(network, table, gg.adaptive(gg.cfg(3.0), 0.99), n, "compact")
+    full, short = medians(runs, 7).values()
     gain = 1 - short / full
     print(f"{1e3 * full / 64:.1f} ms per pass; evaluations saved {saved:.3f}, time saved {gain:.3f}")
     assert full / 64 > 0.005 and saved > 0.1
@@ -180,11 +165,11 @@ def test_against_the_guiders_of_diffusers(method, n, width, depth, bar):
     fastest = None
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        (elapsed,) = median_times(eager, repeats=3)
+        (elapsed,) = medians({"eager": eager}, 3).values()
         fastest = (elapsed, threads) if fastest is None or elapsed < fastest[0] else fastest
     torch.set_num_threads(fastest[1])
     passes = int(run().nfe[0])
-    mine, other = median_times(lambda: run().value, eager, repeats=25)
+    mine, other = medians({"genkit": lambda: run().value, "diffusers": eager}, 25).values()
     print(
         f"{method}, {width} x {depth} at {n}: {1e3 * mine / passes:.2f} ms per pass, diffusers "
         f"{1e3 * other / passes:.2f} ms ({fastest[1]} threads), {passes} passes, ratio {mine / other:.2f}"
@@ -199,7 +184,7 @@ def test_phases_beside_branches_on_a_light_network():
     table = gd.ddim(gd.karras(64, 0.002, 80.0))
     guidance = gg.step_adaptive(gg.cfg(3.0), 16)
     runs = {plan: sampler_run(network, table, guidance, n, plan) for plan in ("dynamic", "phases", "static")}
-    times = median_times(*runs.values(), repeats=21)
-    for plan, elapsed in zip(runs, times, strict=True):
+    times = medians(runs, 21)
+    for plan, elapsed in times.items():
         print(f"{plan:8s} {1e6 * elapsed / 80:7.1f} us per pass")
-    assert times[1] <= 1.25 * times[0]
+    assert times["phases"] <= 1.25 * times["dynamic"]

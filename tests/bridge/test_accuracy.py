@@ -65,7 +65,8 @@ def generated_pair_figures(d, epsilon):
     when the ends are n points each of which no two are coupled (there the sampling errors of the marginals add up).
     """
     n, polish = {2: (20_000, 300), 16: (20_000, 150), 64: (50_000, 60)}[d]
-    # Three components of 64 dimensions pass for five where 8,000 pairs choose: there all do, on a pair of its own.
+    # At d = 64 a choice among 8,000 pairs took three components for five: there all pairs choose, judged on a pair
+    # that was not seen before.
     seed, choosing = (20_311, 10_000) if d < 64 else (20_411, n)
     pair = rotated_pair(d, epsilon, key=jr.key(seed))
     (x0, x1), judge = pair.sample(n, key=jr.key(seed + 1)), pair.sample(40_000, key=jr.key(seed + 2))

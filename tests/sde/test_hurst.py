@@ -75,21 +75,21 @@ def test_nuts_over_index_scale_and_rate():
     assert abs(float(samples["hurst"].mean()) - 0.7) < 3 * float(samples["hurst"].std())
 
 
+def nile_log_density(hurst, place, log_scale):
+    """Of the flow of the Nile as fractional Gaussian noise of mean 900 + 100 place and scale 100 exp(log_scale)."""
+    flow = jnp.asarray(gk.data.nile()[1])
+    standard = (flow - 900 - 100 * place) / (100 * jnp.exp(log_scale))
+    # Five processes up to 1e3 would put the maximum at .777.
+    sde = gs.FractionalSDE(lambda t, x: 0 * x, gs.Constant(1.0), gn.ma_fbm(), hurst, 100.0)
+    path = gs.Observed(np.arange(1.0, 101.0), jnp.cumsum(standard), gs.GaussianNoise(0.02))
+    return gs.kalman(sde, path) - 100 * (jnp.log(100.0) + log_scale)
+
+
 @pytest.mark.long
 @pytest.mark.usefixtures("x64")
 def test_index_of_the_nile():
     """Maximum likelihood of (H, mean, scale) beside the exact fit of fractional Gaussian noise, .805 (.060)."""
-    flow = jnp.asarray(gk.data.nile()[1])
-    ts = np.arange(1.0, 101.0)
-    lift = gn.ma_fbm()  # five processes up to 1e3 give .777
-
-    def loss(p):
-        standard = (flow - 900 - 100 * p[1]) / (100 * jnp.exp(p[2]))
-        sde = gs.FractionalSDE(lambda t, x: 0 * x, gs.Constant(1.0), lift, p[0], 100.0)
-        path = gs.Observed(ts, jnp.cumsum(standard), gs.GaussianNoise(0.02))
-        return 100 * (jnp.log(100.0) + p[2]) - gs.kalman(sde, path)
-
-    value_and_grad = jax.jit(jax.value_and_grad(loss))
+    value_and_grad = jax.jit(jax.value_and_grad(lambda p: -nile_log_density(*p)))
     host = lambda p: tuple(np.asarray(v, float) for v in value_and_grad(jnp.asarray(p)))
     start, bounds = np.array([0.6, 0.0, 0.5]), [(0.05, 0.97), (-3.0, 3.0), (-1.0, 2.0)]
     best = minimize(host, start, jac=True, bounds=bounds, method="L-BFGS-B")
@@ -123,15 +123,14 @@ def exact_posterior(flow, indices):
 @pytest.mark.usefixtures("x64")
 def test_posterior_of_the_index_of_the_nile():
     """NUTS over (H, mean, scale) under the default lift beside the exact posterior of fractional Gaussian noise."""
-    flow, ts, lift = jnp.asarray(gk.data.nile()[1]), np.arange(1.0, 101.0), gn.ma_fbm()
 
     def model():
-        hurst = numpyro.sample("hurst", dist.Uniform(0.05, 0.97))
-        place, log_scale = (numpyro.sample(n, dist.ImproperUniform(dist.constraints.real, (), ())) for n in "ms")
-        sde = gs.FractionalSDE(lambda t, x: 0 * x, gs.Constant(1.0), lift, hurst, 100.0)
-        standard = (flow - 900 - 100 * place) / (100 * jnp.exp(log_scale))
-        path = gs.Observed(ts, jnp.cumsum(standard), gs.GaussianNoise(0.02))
-        numpyro.factor("flow", gs.kalman(sde, path) - 100 * log_scale)
+        hurst, flat = (
+            numpyro.sample("hurst", dist.Uniform(0.05, 0.97)),
+            dist.ImproperUniform(dist.constraints.real, (), ()),
+        )
+        place, log_scale = (numpyro.sample(name, flat) for name in ("place", "log_scale"))
+        numpyro.factor("flow", nile_log_density(hurst, place, log_scale))
 
     mcmc = MCMC(
         NUTS(model), num_warmup=200, num_samples=500, num_chains=2, chain_method="vectorized", progress_bar=False
@@ -139,7 +138,7 @@ def test_posterior_of_the_index_of_the_nile():
     mcmc.run(jr.key(0))
     draws = np.asarray(mcmc.get_samples(group_by_chain=True)["hurst"])
     size = float(effective_sample_size(draws))
-    mean, deviation = exact_posterior(np.asarray(flow), np.linspace(0.05, 0.97, 185))
+    mean, deviation = exact_posterior(np.asarray(gk.data.nile()[1]), np.linspace(0.05, 0.97, 185))
     found = (
         f"H = {draws.mean():.4f} ({draws.std():.4f}), exact {mean:.4f} ({deviation:.4f}), {size:.0f} effective draws"
     )
