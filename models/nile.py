@@ -23,7 +23,8 @@ missing = np.arange(2, 100, 5)  # every fifth year is withheld
 def model(flow, missing):
     """Priors, the withheld years, and the density of the whole series."""
     hurst = numpyro.sample("hurst", dist.Uniform(0.05, 0.97))
-    mean = numpyro.sample("mean", dist.Normal(900.0, 200.0))
+    # In units of its prior, so that all unknowns are of order one for the sampler's first steps.
+    mean = numpyro.deterministic("mean", 900.0 + 200.0 * numpyro.sample("level", dist.Normal(0.0, 1.0)))
     scale = numpyro.sample("scale", dist.LogNormal(5.0, 0.5))
     unseen = numpyro.sample("unseen", dist.ImproperUniform(dist.constraints.real, (), (missing.size,)))
     num = flow.shape[0]

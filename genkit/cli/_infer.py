@@ -24,7 +24,7 @@ def run(args: Namespace) -> int:
     if not callable(getattr(method, "run", None)):
         raise DefinitionError(f"{args.sampler} binds a sampler for `genkit sample`, not a method for `genkit infer`.")
     posterior = method.run(problem, key=jax.random.key(args.seed))  # which is what `gk.infer` does
-    summary = str(posterior.summary()) + _diagnosis(posterior)
+    summary = posterior.summary().to_string() + _diagnosis(posterior)
     if args.out is not None:
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)

@@ -6,13 +6,14 @@ import equinox as eqx
 import jax
 import numpyro
 from jaxtyping import Array, Key
-from numpyro.infer import HMC as _HMC, MCMC as _MCMC, NUTS as _NUTS, init_to_uniform
+from numpyro.infer import HMC as _HMC, NUTS as _NUTS, init_to_uniform
 
 from .._core._checks import check_count, check_interval
 from .._core._infer import Posterior
 from .._core._objective import Problem
 from ..vi._posterior import describe_draw, observed_values
 from ..vi._program import Program
+from ._chains import advance
 
 
 class NUTS(eqx.Module):
@@ -144,38 +145,21 @@ def _refuse_discrete(problem: Problem) -> None:
 def _run(kernel: Any, method: Any, problem: Problem, key: Any) -> Posterior:
     _refuse_discrete(problem)
     key_run, key_predict = jax.random.split(key)
-    chains = _MCMC(
-        kernel,
-        num_warmup=method.num_warmup,
-        num_samples=method.num_samples,
-        num_chains=method.num_chains,
-        chain_method="vectorized" if method.num_chains > 1 else "sequential",
-        progress_bar=False,
-    )
-    extra = ("diverging", "num_steps", "accept_prob")
     with jax.debug_key_reuse(False):  # numpyro's own initialization uses one key twice
-        chains.run(key_run, *problem.args, extra_fields=extra, **problem.kwargs)
-    samples = chains.get_samples(group_by_chain=True)
-    fields = chains.get_extra_fields(group_by_chain=True)
-    latent = {name: value for name, value in samples.items() if name in chains.last_state.z}
+        keys = jax.random.split(key_run, method.num_chains)
+        state = kernel.init(keys, method.num_warmup, None, problem.args, problem.kwargs)
+        latent, stats = advance(kernel, state, method, problem)
     model = Program(problem.model, problem.args, problem.kwargs)
     keys = jax.random.split(key_predict, (method.num_chains, method.num_samples))
     describe = jax.jit(jax.vmap(jax.vmap(lambda value, key: describe_draw(model, value, key))))
     facts = jax.device_get(describe(latent, keys))
-    first = jax.tree.map(lambda x: x[0, 0], latent)
-    stats = {"diverging": fields["diverging"], "n_steps": fields["num_steps"]}
-    stats["acceptance_rate"] = fields["accept_prob"]
     return Posterior(
         {**jax.device_get(latent), **facts["deterministic"]},
         facts["log_density"],
         ("chain", "draw"),
-        stats={
-            "diverging": fields["diverging"],
-            "n_steps": fields["num_steps"],
-            "acceptance_rate": fields["accept_prob"],
-        },
+        stats=stats,
         log_likelihood=facts["log_likelihood"],
         predictive=facts["predictive"],
-        observed=observed_values(problem, first),
+        observed=observed_values(problem, jax.tree.map(lambda x: x[0, 0], latent)),
         attrs={"method": type(method).__name__},
     )

@@ -3,9 +3,6 @@
 Everything known about the future is kept as whitened rows: given the state z, `b - U z` is a standard normal vector.
 An observation adds rows; a step z' = A z + m + M eps is eliminated by whitening `U M eps + noise`, whose covariance
 I + B B' (B = U M) is never near singular. Rows are compressed by QR.
-
-Only R'R of a QR matters, so its derivative may be taken in any gauge: `compress` uses dR = Q'dV, which needs no
-inverse; rank-deficient rows (fast processes forget) are harmless. See there for second derivatives.
 """
 
 from typing import NamedTuple
@@ -17,6 +14,7 @@ from jaxtyping import Array
 
 from genkit._core._checks import check
 
+from ._compress import compress
 from ._model import FractionalSDE
 from ._observed import Observed, gaussian_parts, normal_parts
 from ._step import Driver, Step, advance, shape_noise
@@ -109,40 +107,6 @@ def place_rows(rows: Rows, slots: ArrayLike, num_steps: int) -> tuple[Rows, Rows
     blank = Rows(jnp.zeros((num_steps + 1, q, n), rows.matrix.dtype), jnp.zeros((num_steps + 1, q), rows.target.dtype))
     placed = Rows(blank.matrix.at[index].set(rows.matrix), blank.target.at[index].set(rows.target))
     return jax.tree.map(lambda x: x[1:], placed), jax.tree.map(lambda x: x[0], placed)
-
-
-@jax.custom_jvp
-def _basis(v: Array) -> Array:
-    """Orthonormal columns Q (m, n) whose span holds the columns of v (m, n)."""
-    return jnp.linalg.qr(v)[0]
-
-
-@_basis.defjvp
-def _basis_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    """The part of dQ that the gauge of `compress` asks for: dQ R = (I - QQ') dV."""
-    (v,), (dv,) = primals, tangents
-    q = _basis(v)
-    transposed = lambda x: jnp.swapaxes(x, -1, -2)
-    outside = dv - q @ (transposed(q) @ dv)
-    tolerance = 1e3 * jnp.finfo(v.dtype).eps
-    return q, outside @ jnp.linalg.pinv(transposed(q) @ v, rtol=tolerance)
-
-
-@jax.custom_jvp
-def compress(v: Array) -> Array:
-    """Rows R (n, n) with R'R = V'V, from V (m, n), m >= n (batched).
-
-    Its derivative dR = Q'dV leaves out (dQ)'V, which is 0. It is exact for R'R: R'dR + dR'R = V'dV + dV'V. Second
-    derivatives need dQ as well; they are exact wherever the null space of V is the same nearby.
-    """
-    return jnp.swapaxes(_basis(v), -1, -2) @ v
-
-
-@compress.defjvp
-def _compress_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    (v,), (dv,) = primals, tangents
-    transposed = jnp.swapaxes(_basis(v), -1, -2)
-    return transposed @ v, transposed @ dv
 
 
 def _absorb(known: Rows, new: Rows) -> Rows:

@@ -25,10 +25,9 @@ def kalman(sde: FractionalSDE, observed: Observed, *, steps_per_interval: int | 
     """Log-evidence of the lifted model, exact for affine drift, constant diffusion and normal observations.
 
     A square-root information filter on the state and its lifted noise, of any stiffness; missing rows are skipped.
-    Differentiable twice in any parameter; take Hessians by `jax.jacfwd(jax.jacfwd(...))`, since reverse mode through a
-    `jax.lax.scan` drops the rule behind them (`jax.hessian` returns NaN). It uses exact transitions
-    whatever `sde.step` says; coefficients that depend on time, or a varying Hurst index, need `steps_per_interval`,
-    and are then integrated to second order.
+    Differentiable in any parameter, twice too and in every mode (`jax.hessian`). It uses exact transitions whatever
+    `sde.step` says; coefficients that depend on time, or a varying Hurst index, need `steps_per_interval`, and are then
+    integrated to second order.
 
     Args:
         sde: the model; the law of `x0`, if any, must be normal.

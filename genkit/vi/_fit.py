@@ -174,7 +174,7 @@ class Fit(eqx.Module):
             log_every=min(self.num_steps, 200 if watch is None else watch.every),
         )
         try:
-            fitted = fit(recipe, key=key, on_step=watch, progress=False)
+            fitted = fit(recipe, key=key, on_step=watch)
         except NonFiniteError as error:
             seen = getattr(error, "fitted", None)
             if seen is not None:

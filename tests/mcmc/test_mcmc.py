@@ -12,6 +12,7 @@ import pytest
 import stats
 
 import genkit as gk
+import genkit.mcmc._chains
 
 
 # numpyro's own initialization uses keys twice
@@ -58,3 +59,16 @@ def test_eight_schools_agree_with_the_reference_posterior():
         assert np.all(np.abs(draws.mean(0) - mean) < error), name
         assert np.all(np.abs(draws.std(0) / sd - 1) < 0.12), name
     assert result.stats["diverging"].mean() < 0.005
+
+
+@pytest.mark.slow
+def test_the_clock_changes_no_draw(monkeypatch):
+    """Calls of one transition each, as under a slow model, against calls that double."""
+    method, problem = gk.mcmc.NUTS(10, 20, 2), gk.Problem(conjugate, (1.0,))
+    fast = gk.infer(problem, method, key=jax.random.key(0))
+    calls = []
+    monkeypatch.setattr(genkit.mcmc._chains.time, "perf_counter", lambda: calls.append(0) or 10.0 * len(calls))
+    slow = gk.infer(problem, method, key=jax.random.key(0))
+    assert len(calls) >= 2 * 25
+    for name in ("samples", "stats"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(fast, name), getattr(slow, name))

@@ -64,6 +64,59 @@ def test_video_of_the_zoo():
     assert frame.shape == (12, 12)
 
 
+@pytest.mark.long
+@pytest.mark.key_reuse  # the recipe's own batches are drawn from one key in every step of a chunk
+def test_lorenz_of_the_zoo_trained():
+    """What the file promises, on series of its own: the bound, and the law of the states without observations."""
+    module = definition("models/lorenz_latent.py")
+    model = trained(module, module.NUM_STEPS)
+    fresh = module.series(jax.random.key(77))
+
+    def bound(y, key):
+        seen = model.observe(module.ts, y)
+        return gk.sde.elbo(model.sde, model.posterior(seen), seen, steps_per_interval=2, num_particles=8, key=key)
+
+    keys = jax.random.split(jax.random.key(6), len(fresh))
+    known, held_out = (float(jax.jit(jax.vmap(bound))(y, keys).mean()) for y in (module.data, fresh))
+    path = lambda key: gk.sde.simulate(model.sde, module.ts, steps_per_interval=2, key=key).x
+    drawn = jax.vmap(path)(keys)
+    states = lambda series: np.asarray(series).reshape(-1, 3)[::3]
+    normal = np.random.default_rng(1).normal(size=states(fresh).shape)
+    far = [gk.divergence.energy_distance(x, states(module.data)) for x in (states(drawn), states(fresh), normal)]
+    found = (
+        f"bound {known:.1f}, held out {held_out:.1f}; distance of states, of real ones, of normals {np.round(far, 4)}"
+    )
+    print(found)  # noqa: T201 (shown by -s)
+    assert known > 60, found
+    assert held_out > 45, found
+    assert far[0] < far[2] / 5, found
+
+
+@pytest.mark.long
+@pytest.mark.key_reuse  # as above
+def test_video_of_the_zoo_trained():
+    """New motions of new digits: frames far better than any still picture's."""
+    module = definition("models/digits_video.py")
+    model = trained(module, module.NUM_STEPS)
+    fresh = module.videos(gk.data.digits().x_test, jax.random.key(9))
+
+    def read(y, key):
+        seen = model.observe(module.ts, y)
+        guide = model.posterior(seen)
+        x = gk.sde.simulate(model.sde, module.ts, guide=guide, key=key).x
+        bound = gk.sde.elbo(model.sde, guide, seen, num_particles=8, key=key)
+        return bound, ((jax.vmap(lambda x: model(x).mean)(x) - y) ** 2).mean()
+
+    bound, error = (
+        float(v.mean()) for v in jax.jit(jax.vmap(read))(fresh, jax.random.split(jax.random.key(6), len(fresh)))
+    )
+    still = float(((fresh - fresh.mean(1, keepdims=True)) ** 2).mean())
+    found = f"bound {bound:.0f}, squared error {error:.4f}, best still picture {still:.4f}"
+    print(found)  # noqa: T201 (shown by -s)
+    assert bound > 1300, found
+    assert error < still / 3, found
+
+
 @pytest.mark.slow
 def test_nile_of_the_zoo_under_its_sampler():
     module = definition("models/nile.py")
