@@ -24,7 +24,8 @@ def run(args: Namespace) -> int:
     if not callable(getattr(method, "run", None)):
         raise DefinitionError(f"{args.sampler} binds a sampler for `genkit sample`, not a method for `genkit infer`.")
     posterior = method.run(problem, key=jax.random.key(args.seed))  # which is what `gk.infer` does
-    summary = posterior.summary().to_string() + _diagnosis(posterior)
+    table = posterior.summary()
+    summary = (table.to_string() if hasattr(table, "to_string") else str(table)) + _diagnosis(posterior)
     if args.out is not None:
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """`genkit sample`: draw from a trained model."""
 
 import hashlib
+import inspect
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .._core import AbstractSampler, Table, sample
+from .._core import AbstractSampler, Sampler, Table, sample
 from .._core._checks import check, check_finite
 from .._core._files import atomic_write
 from ..io import DefinitionError, load_definition, load_run, plot_draws, save_draws
@@ -28,7 +29,7 @@ def run(args: Namespace) -> int:
     if not isinstance(definition.value, (AbstractSampler, Table)):
         raise DefinitionError(f"{args.sampler} binds a method for `genkit infer`, not a sampler for `genkit sample`.")
     model = load_run(args.run).ema
-    check(callable(model), "run", "the run of a denoiser", f"a {type(model).__name__}, which cannot be called")
+    _check_fit(definition.value, model, args)
     draws = sample(
         definition.value,
         model,
@@ -57,6 +58,20 @@ def run(args: Namespace) -> int:
     print(f"{args.num_samples} draws of shape {shape}, {facts['mean_nfe']:.4g} evaluations each: ", end="")
     print(f"{out / 'draws.npz'}{picture}")
     return 0
+
+
+def _check_fit(sampler: Any, model: Any, args: Namespace) -> None:
+    """Refuse a model that cannot be called as the sampler will."""
+    check(callable(model), "run", "the run of a denoiser", f"a {type(model).__name__}, which cannot be called")
+    if not isinstance(sampler, (Sampler, Table)):
+        return
+    try:
+        inspect.signature(model).bind(None, None, None)
+    except TypeError:
+        raise DefinitionError(
+            f"{args.sampler} draws from a denoiser, called (x, sigma, cond); {args.run} holds a "
+            f"{type(model).__name__}. Take a sampler made for it (`genkit zoo list`)."
+        ) from None
 
 
 def _cond(args: Namespace) -> Any:

@@ -19,16 +19,18 @@ def plot_paths(
     levels: tuple[float, ...] = (0.5, 0.9),
     observed: tuple[ArrayLike, ArrayLike] | None = None,
     num_paths: int = 5,
+    log_weight: ArrayLike | None = None,
 ) -> None:
     """Save paths with pointwise credible bands as one PNG, a panel per coordinate.
 
     Args:
         path: the file to write or to replace.
         ts: times, shape (n,).
-        x: equally weighted paths, shape (num, n) or (num, n, d).
+        x: paths, shape (num, n) or (num, n, d).
         levels: probabilities inside the bands.
         observed: times and values (m,) or (m, d) to mark; rows with NaN are left out.
         num_paths: how many paths to draw as lines.
+        log_weight: their log-weights, shape (num,), such as those of a `gk.sde.Forecast`; equal by default.
 
     Raises:
         ValueError: if the shapes do not fit.
@@ -45,6 +47,8 @@ def plot_paths(
     x = x[..., None] if x.ndim == 2 else x
     check(x.ndim == 3 and x.shape[1] == ts.size, "x", f"of shape (num, {ts.size}, d)", f"shape {x.shape}")
     check_finite("x", x)
+    if log_weight is not None:
+        x = x[_representatives(log_weight, len(x))]
     figure, panels = _figure(x.shape[-1])
     for i, panel in enumerate(panels):
         for level in sorted(levels, reverse=True):
@@ -59,6 +63,15 @@ def plot_paths(
     panels[-1].set_xlabel("time")
     panels[0].legend(frameon=False)
     _save(figure, path)
+
+
+def _representatives(log_weight: ArrayLike, num: int) -> np.ndarray:
+    """Indices of equally weighted paths in the place of weighted ones: systematic resampling, in shuffled order."""
+    weights = np.asarray(log_weight, np.float64)
+    check(weights.shape == (num,), "log_weight", f"of shape ({num},), one per path", f"shape {weights.shape}")
+    mass = np.cumsum(np.exp(weights - weights.max()))
+    index = np.searchsorted(mass, (np.arange(num) + 0.5) / num * mass[-1])
+    return np.random.default_rng(0).permutation(index)
 
 
 def plot_hurst(path: str | os.PathLike[str], draws: ArrayLike, *, reference: tuple[float, float] | None = None) -> None:

@@ -30,6 +30,11 @@ def levinson_step(state: LevinsonState, k: Array, autocovariance: Array) -> Levi
     """From the predictor that uses k - 1 past values to the one that uses k (k >= 1)."""
     lags = autocovariance[1:]
     reflection = (autocovariance[k] - jnp.sum(state.backward * lags)) / state.variance
+    return levinson_update(state, k, reflection)
+
+
+def levinson_update(state: LevinsonState, k: Array, reflection: Array) -> LevinsonState:
+    """The same with the partial autocorrelation at lag k known."""
     forward = (state.forward - reflection * state.backward).at[k - 1].set(reflection)
     shifted = jnp.roll(state.backward - reflection * state.forward, 1)
     backward = shifted.at[0].set(reflection)
@@ -43,14 +48,14 @@ def fgn_whiten(increments: Float[ArrayLike, " n"], hurst: ArrayLike) -> tuple[Fl
 
     Args:
         increments: the series, shape (n,).
-        hurst: Hurst index in (0, 1); differentiable.
+        hurst: Hurst index in (0, 1), a scalar; differentiable.
 
     Returns:
         The standardised one-step prediction errors, shape (n,), and the log-determinant of the covariance. A mean is
         fitted by whitening a column of ones alike (generalised least squares).
 
     Raises:
-        ValueError: if `hurst` is outside (0, 1) or the series is not one-dimensional.
+        ValueError: if `hurst` is outside (0, 1) or no scalar, or the series is not one-dimensional.
 
     Example:
         >>> import jax.numpy as jnp
@@ -88,7 +93,7 @@ def fgn_log_prob(
 
     Args:
         increments: the series, shape (n,), at unit steps.
-        hurst: Hurst index in (0, 1); differentiable.
+        hurst: Hurst index in (0, 1), a scalar; differentiable.
         scale: standard deviation of one increment, positive.
         mean: mean of one increment.
 
@@ -96,7 +101,7 @@ def fgn_log_prob(
         The log-density, a scalar.
 
     Raises:
-        ValueError: if `hurst` is outside (0, 1) or the series is not one-dimensional.
+        ValueError: if `hurst` is outside (0, 1) or no scalar, or the series is not one-dimensional.
 
     Example:
         >>> import jax.numpy as jnp

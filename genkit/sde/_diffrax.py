@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Key
 
-from genkit._core._checks import check, check_key
+from genkit._core._checks import check, check_key, is_concrete
 
 from ._grid import make_grid, make_table
 from ._model import FractionalSDE
@@ -16,9 +16,9 @@ from ._step import make_driver
 def as_terms(sde: FractionalSDE, *, tolerance: float | None = None, key: Key[Array, ""]) -> tuple[Any, tuple]:
     """The lifted model as `diffrax` terms on [0, horizon], driven by a virtual Brownian tree.
 
-    The state is `(x, v)`, shapes (d,) and (d, K). Use a Stratonovich solver (`diffrax.Heun`, `EulerHeun`, ...) with
-    steps well below `horizon / lift.hi`: diffrax steps the fast processes explicitly. `simulate` has neither limit;
-    this is for diffrax's other solvers and for comparison.
+    The state is `(x, v)`, shapes (d,) and (d, K). Use a Stratonovich solver (`diffrax.Heun` or `EulerHeun`; not
+    `ReversibleHeun`, which is hardly stable) with steps well below `horizon / lift.hi`: diffrax steps the fast
+    processes explicitly. `simulate` has neither limit; this is for diffrax's other solvers and for comparison.
 
     Args:
         sde: the model, with a constant Hurst index.
@@ -81,10 +81,9 @@ def as_terms(sde: FractionalSDE, *, tolerance: float | None = None, key: Key[Arr
             dw = self.path.evaluate(t0, t1, left, **kwargs)
             return dw, dw
 
-    tree = diffrax.VirtualBrownianTree(0.0, sde.horizon, tolerance or float(sde.horizon) * 1e-4, (d,), key_path)
-    x0 = sde.start()[0]
+    fine = float(sde.horizon) * 1e-4 if is_concrete(sde.horizon) else sde.horizon * 1e-4
+    tree = diffrax.VirtualBrownianTree(0.0, sde.horizon, tolerance or fine, (d,), key_path)
     past = jr.normal(key_past, (d, driver.start.shape[-1]), sde.dtype)
-    if hasattr(sde.x0, "sample"):
-        x0 = jnp.ravel(sde.x0.sample(key_x0)).astype(sde.dtype)
+    x0 = jnp.ravel(sde.x0.sample(key_x0)).astype(sde.dtype) if sde.has_law else sde.start()[0]
     terms = diffrax.MultiTerm(diffrax.ODETerm(drift), diffrax.ControlTerm(diffusion, _Twice(tree)))
     return terms, (jnp.broadcast_to(x0, (d,)), jnp.einsum("dmr,dr->dm", driver.start, past).reshape(d, k))

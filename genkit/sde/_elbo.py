@@ -10,13 +10,13 @@ import numpy as np
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float, Key
 
-from genkit._core._checks import check_count, check_key, is_concrete
+from genkit._core._checks import NonFiniteError, check_count, check_key, is_concrete
 
 from ._grid import Grid, Noises, make_grid
 from ._guide import AbstractGuide, Plan
 from ._model import FractionalSDE
 from ._observed import Observed
-from ._simulate import Paths, explain_blow_up, make_run, prepare, simulate_run
+from ._simulate import Paths, check_parts, explain_blow_up, make_run, prepare, simulate_run
 
 
 def log_weights(
@@ -48,8 +48,9 @@ def log_weights(
         The log-weights, shape (num_particles,).
 
     Raises:
-        ValueError: for times, steps and counts out of range.
-        NonFiniteError: if a path blows up (outside jit), naming step and state.
+        ValueError: for times, steps and counts out of range, a guide made for others, rows that do not fit the
+            likelihood.
+        NonFiniteError: if a path blows up, or the likelihood is undefined (outside jit), naming step and state.
 
     Example:
         >>> import jax, jax.numpy as jnp, genkit.noise as gn, genkit.sde as gs
@@ -60,6 +61,7 @@ def log_weights(
         (3,)
     """
     check_key(key)
+    check_parts(sde, guide, observed)
     check_count("num_particles", num_particles)
     grid = make_grid(sde, observed.ts, max_step, steps_per_interval, "observed.ts")
     keys = jax.vmap(lambda i: jr.fold_in(key, i))(jnp.arange(num_particles))
@@ -81,12 +83,29 @@ def prepare_weights(
     noises, plan = prepare(sde, guide, grid)
     plan = plan if len(rows) == len(grid.slots) else None  # prepared for other boundaries
     values, paths = _weigh(sde, guide, observed, grid, noises, plan, rows, keys=keys, martingale=martingale)
-    if is_concrete(values) and not bool(jnp.isfinite(values).all()):
-        bad = int(jnp.argmax(~jnp.isfinite(values)))
-        seen = tuple(grid.slots[i] for i in rows)
-        first = jax.tree.map(lambda x: x[bad], paths)
-        explain_blow_up(sde, grid, noises, guide, plan, seen, x0=None, key=jr.clone(keys)[bad], paths=first)
+    if is_concrete(values) and not bool(jnp.isfinite(values).all() & jnp.isfinite(paths.x).all()):
+        # A path may be impossible (-inf), but not undefined.
+        broken = jnp.isnan(values) | jnp.isposinf(values) | ~jnp.isfinite(paths.x).all(axis=(1, 2))
+        if bool(broken.any()):
+            bad = int(jnp.argmax(broken))
+            seen = tuple(grid.slots[i] for i in rows)
+            first = jax.tree.map(lambda x: x[bad], paths)
+            explain_blow_up(sde, grid, noises, guide, plan, seen, x0=None, key=jr.clone(keys)[bad], paths=first)
+            _explain_likelihood(observed, first.x[np.asarray(rows)])
     return values, paths
+
+
+def _explain_likelihood(observed: Observed, x: Array) -> None:
+    """Raise with the first observation whose density is undefined at these states, if there is one."""
+    rows = np.asarray(observed.log_likelihoods(x))
+    bad = np.isnan(rows) | np.isposinf(rows)
+    if bad.any():
+        i = int(np.argmax(bad))
+        raise NonFiniteError(
+            f"`likelihood` must have a log-density below infinity (-inf included); got {rows[i]} at observation {i} "
+            f"(t = {float(observed.ts[i]):.6g}, y = {np.asarray(observed.y[i])}) for the state {np.asarray(x[i])} of a "
+            "finite path. Check its parameters there."
+        )
 
 
 @eqx.filter_jit
@@ -143,8 +162,9 @@ def elbo(
         The estimate, a scalar.
 
     Raises:
-        ValueError: for times, steps and counts out of range.
-        NonFiniteError: if a path blows up (outside jit), naming step and state.
+        ValueError: for times, steps and counts out of range, a guide made for others, rows that do not fit the
+            likelihood.
+        NonFiniteError: if a path blows up, or the likelihood is undefined (outside jit), naming step and state.
 
     Example:
         >>> import jax, jax.numpy as jnp, genkit.noise as gn, genkit.sde as gs
@@ -186,8 +206,9 @@ def iwelbo(
         The estimate, a scalar.
 
     Raises:
-        ValueError: for times, steps and counts out of range.
-        NonFiniteError: if a path blows up (outside jit), naming step and state.
+        ValueError: for times, steps and counts out of range, a guide made for others, rows that do not fit the
+            likelihood.
+        NonFiniteError: if a path blows up, or the likelihood is undefined (outside jit), naming step and state.
 
     Example:
         >>> import jax, jax.numpy as jnp, genkit.noise as gn, genkit.sde as gs

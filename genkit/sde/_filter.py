@@ -17,13 +17,16 @@ from genkit._core._checks import check
 from ._compress import compress
 from ._model import FractionalSDE
 from ._observed import Observed, gaussian_parts, normal_parts
-from ._step import Driver, Step, advance, shape_noise
+from ._step import Driver, Step, change, shape_noise
 
 
 class Maps(NamedTuple):
-    """Affine steps z' = A z + m + M eps; z = (x, v) flattened, leading axis N."""
+    """Affine steps z' = z + D z + m + M eps; z = (x, v) flattened, leading axis N.
 
-    transition: Array  # (N, n, n)
+    D instead of I + D, because beside the identity a short step's digits would be lost.
+    """
+
+    slope: Array  # (N, n, n)
     offset: Array  # (N, n)
     noise: Array  # (N, n, p)
 
@@ -51,19 +54,24 @@ def flat_state(x: Array, v: Array) -> Array:
 
 def flat_step(sde: FractionalSDE, driver: Driver, step: Step, z: Array, eps: Array) -> Array:
     """One step on the flattened state and normals."""
+    return z + flat_change(sde, driver, step, z, eps)
+
+
+def flat_change(sde: FractionalSDE, driver: Driver, step: Step, z: Array, eps: Array) -> Array:
+    """What one step adds to the flattened state."""
     d = sde.dim
     v = z[d:].reshape(driver.gain.shape)
     noise = shape_noise(driver, step, eps.reshape(d, -1))
-    return flat_state(*advance(sde, driver, step, z[:d], v, noise))
+    return flat_state(*change(sde, driver, step, z[:d], v, noise))
 
 
 def linearise(sde: FractionalSDE, driver: Driver, steps: Step, z: Array, eps: Array) -> Maps:
     """The numerical steps, linearised around states z (N, n) and normals eps (N, p); exact for affine drift."""
 
     def one(step: Step, z: Array, eps: Array) -> Maps:
-        function = lambda z, eps: flat_step(sde, driver, step, z, eps)
-        a, m = jax.jacfwd(function, argnums=(0, 1))(z, eps)
-        return Maps(a, function(z, eps) - a @ z - m @ eps, m)
+        function = lambda z, eps: flat_change(sde, driver, step, z, eps)
+        slope, m = jax.jacfwd(function, argnums=(0, 1))(z, eps)
+        return Maps(slope, function(z, eps) - slope @ z - m @ eps, m)
 
     return jax.vmap(one)(steps, z, eps)
 
@@ -116,20 +124,24 @@ def _absorb(known: Rows, new: Rows) -> Rows:
     return Rows(compressed[:, :-1], compressed[:, -1])
 
 
-def _eliminate(known: Rows, transition: Array | None, offset: Array, noise: Array) -> tuple[Rows, Array, Gaussian]:
-    """Integrate out the normals of z' = A z + m + M eps; also their law given z and the future."""
+def _eliminate(known: Rows, slope: Array | None, offset: Array, noise: Array) -> tuple[Rows, Array, Gaussian]:
+    """Integrate out the normals of z' = z + D z + m + M eps; also their law given z and the future."""
     cross = known.matrix @ noise
     target = known.target - known.matrix @ offset
     size = cross.shape[0]
     outer = jnp.linalg.cholesky(jnp.eye(size, dtype=cross.dtype) + cross @ cross.T)
     solve = lambda rhs: jax.scipy.linalg.solve_triangular(outer, rhs, lower=True)
-    moved = jnp.zeros((size, 0), cross.dtype) if transition is None else known.matrix @ transition
+    moved = jnp.zeros((size, 0), cross.dtype) if slope is None else known.matrix + known.matrix @ slope
     log_det = -jnp.sum(jnp.log(jnp.diagonal(outer)))
-    # Posterior precision I + B'B of the normals
-    inner = jnp.linalg.cholesky(jnp.eye(cross.shape[1], dtype=cross.dtype) + cross.T @ cross)
-    both = jax.scipy.linalg.cho_solve((inner, True), cross.T @ jnp.concatenate([moved, target[:, None]], axis=1))
-    root = jax.scipy.linalg.solve_triangular(inner, jnp.eye(inner.shape[0], dtype=inner.dtype), lower=True).T
-    law = Gaussian(both[:, -1], both[:, :-1], root, -jnp.sum(jnp.log(jnp.diagonal(inner))))
+    # The normals' posterior precision is I + B'B. Forming it would lose the identity beside precise observations in
+    # float32, so its root comes from a QR of (B, I).
+    identity = jnp.eye(cross.shape[1], dtype=cross.dtype)
+    basis, inner = jnp.linalg.qr(jnp.concatenate([cross, identity]))
+    backsolve = lambda rhs: jax.scipy.linalg.solve_triangular(inner, rhs)
+    both = backsolve(basis[:size].T @ jnp.concatenate([moved, target[:, None]], axis=1))
+    diagonal = jnp.diagonal(inner)
+    root = backsolve(identity) * jnp.sign(diagonal)
+    law = Gaussian(both[:, -1], both[:, :-1], root, -jnp.sum(jnp.log(jnp.abs(diagonal))))
     return Rows(solve(moved), solve(target)), log_det, law
 
 
@@ -149,7 +161,7 @@ def backward(maps: Maps, rows: Rows, first: Rows, offset: Array, noise: Array) -
     def body(carry: tuple[Rows, Array], xs: tuple[Maps, Rows]) -> tuple[tuple[Rows, Array], Gaussian]:
         known, total = carry
         step, new = xs
-        known, log_det, law = _eliminate(_absorb(known, new), step.transition, step.offset, step.noise)
+        known, log_det, law = _eliminate(_absorb(known, new), step.slope, step.offset, step.noise)
         return (known, total + log_det), law
 
     zero = jnp.zeros((), offset.dtype)

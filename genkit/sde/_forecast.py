@@ -1,5 +1,6 @@
 """Posterior paths with credible bands, through the observations and beyond."""
 
+import warnings
 from typing import Any
 
 import equinox as eqx
@@ -10,13 +11,14 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
-from genkit._core._checks import check, check_count, check_interval, check_key, is_concrete
+from genkit._core._checks import NonFiniteError, check, check_count, check_interval, check_key, is_concrete
 
 from ._elbo import prepare_weights
 from ._grid import make_grid
 from ._guide import AbstractGuide
 from ._model import FractionalSDE
 from ._observed import Observed
+from ._simulate import check_parts
 
 
 class Forecast(eqx.Module):
@@ -28,7 +30,8 @@ class Forecast(eqx.Module):
         lower: lower end of the pointwise credible band, shape (n, d).
         upper: upper end, shape (n, d).
         x: the paths, shape (num_paths, n, d).
-        log_weight: their normalised log-weights, shape (num_paths,); equal when the guide is exact.
+        log_weight: their normalised log-weights, shape (num_paths,); equal when the guide is exact. `gk.io.plot_paths`
+            takes them.
     """
 
     ts: Any
@@ -76,8 +79,10 @@ def forecast(
         The `Forecast`.
 
     Raises:
-        ValueError: for times, steps, counts or levels out of range.
-        NonFiniteError: if a path blows up, naming step and state.
+        ValueError: for times, steps, counts or levels out of range, a guide made for others, rows that do not fit the
+            likelihood.
+        NonFiniteError: if a path blows up or the likelihood is undefined, naming step and state, or no path is
+            possible.
 
     Example:
         >>> import jax, jax.numpy as jnp, genkit.noise as gn, genkit.sde as gs
@@ -89,6 +94,7 @@ def forecast(
         (2, 1)
     """
     check_key(key)
+    check_parts(sde, guide, observed)
     check_count("num_paths", num_paths, minimum=2)
     check_interval("level", level, 0, 1, open_lo=True, open_hi=True)
     make_grid(sde, ts, max_step, steps_per_interval)  # its errors name `ts`
@@ -101,7 +107,17 @@ def forecast(
     rows, data = (np.argmin(np.abs(union[None, :] - t[:, None]), axis=1) for t in (wanted, seen))
     keys = jax.vmap(lambda i: jr.fold_in(key, i))(jnp.arange(num_paths))
     values, paths = prepare_weights(sde, guide, observed, grid, tuple(data.tolist()), keys)
+    if is_concrete(values) and bool(jnp.isneginf(values).all()):
+        hint = "Every path is impossible under the likelihood: check it, the model, or take more paths."
+        raise NonFiniteError(f"`observed` must have a positive density at some path; got none of {num_paths}. {hint}")
     log_weight = jax.nn.log_softmax(values)
+    ess = 1 / jnp.sum(jnp.exp(2 * log_weight))
+    if is_concrete(ess) and float(ess) < 0.05 * num_paths:
+        warnings.warn(
+            f"The weights leave {float(ess):.1f} effective paths of {num_paths}: the guide misses the posterior. Train "
+            "it further, or take more paths or more `num_iterations` of LinearGuide.",
+            stacklevel=2,
+        )
     x = paths.x[:, rows]
     weight = jnp.exp(log_weight)[:, None, None]
     tail = (1 - level) / 2

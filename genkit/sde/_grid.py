@@ -4,6 +4,7 @@ import functools
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -13,6 +14,9 @@ from genkit.noise import Lift
 
 from ._model import FractionalSDE
 from ._observed import check_times
+
+
+MAX_STEPS = 100_000_000  # the tables on the host would take gigabytes
 
 
 class Grid(eqx.Module):
@@ -70,9 +74,7 @@ def make_grid(
             check(
                 float(max_step) <= horizon * (1 + 1e-6), "max_step", f"at most horizon = {horizon:.6g}", max_step, hint
             )
-    if is_concrete(ts) and is_concrete(sde.horizon):
-        last, horizon = float(np.asarray(ts)[-1]), float(sde.horizon)
-        check(last <= horizon * (1 + 1e-5), name, f"inside the horizon [0, {horizon:.6g}]", f"{name}[-1] = {last:.6g}")
+    check_inside(sde, ts, name)
     if not is_concrete(ts):
         hint = "Under jit pass `steps_per_interval` (a Python integer) instead, or close over the times."
         check(max_step is None, "max_step", "None when the times are traced", max_step, hint)
@@ -83,7 +85,10 @@ def make_grid(
     if max_step is None:
         counts = np.full(gaps.shape, steps_per_interval or 1)
     else:
-        counts = np.maximum(1, np.ceil(gaps / float(max_step) - 1e-6)).astype(int)
+        counts = np.maximum(1, np.ceil(gaps / float(max_step) - 1e-6))
+        total = f"one that makes {counts.sum():.3g}"
+        check(counts.sum() <= MAX_STEPS, "max_step", f"long enough for at most {MAX_STEPS:,} steps", total)
+        counts = counts.astype(int)
     ends = np.cumsum(counts)
     slots = np.concatenate([[0], ends]) if times[0] == 0 else ends
     h = np.repeat(gaps / counts, counts)
@@ -92,8 +97,34 @@ def make_grid(
     eps = np.finfo(np.asarray(ts).dtype).eps if np.issubdtype(np.asarray(ts).dtype, np.floating) else 0.0
     scale = max(1e-9 * h.max(), 4 * eps * times[-1]) if h.size else 1.0
     _, first, kind = np.unique(np.rint(h / scale / 4), return_index=True, return_inverse=True)
-    distinct = np.array([h[kind == i].mean() for i in range(first.size)])
-    return Grid(t, distinct[kind] if h.size else h, kind, distinct, tuple(slots.tolist()))
+    # Without any step (time 0 alone) there is still a table of one, so that shapes are as ever.
+    unit = float(sde.horizon) if is_concrete(sde.horizon) else 1.0
+    distinct = np.array([h[kind == i].mean() for i in range(first.size)] if h.size else [unit])
+    grid = Grid(t, distinct[kind] if h.size else h, kind, distinct, tuple(slots.tolist()))
+    _check_hurst(sde, grid)
+    return grid
+
+
+def check_inside(sde: FractionalSDE, ts: Any, name: str) -> None:
+    """Refuse times beyond the horizon."""
+    if is_concrete(ts) and is_concrete(sde.horizon):
+        last, horizon = float(np.asarray(ts)[-1]), float(sde.horizon)
+        check(last <= horizon * (1 + 1e-5), name, f"inside the horizon [0, {horizon:.6g}]", f"{name}[-1] = {last:.6g}")
+
+
+def _check_hurst(sde: FractionalSDE, grid: Grid) -> None:
+    """Refuse a Hurst function that leaves the lift's range at a time the steps look at."""
+    if not sde.varying or not grid.num_steps:
+        return
+    times = np.concatenate([grid.t, grid.t + grid.h / 2, grid.t + grid.h])
+    values = jax.vmap(sde.hurst_at)(jnp.asarray(times, sde.dtype))
+    if is_concrete(values):
+        rows = np.asarray(values).reshape(times.size, -1)
+        (lo, hi), slack = sde.hurst_range, 1e-6
+        bad = ~((rows >= lo - slack) & (rows <= hi + slack)).all(axis=1)
+        first = times == times[bad].min(initial=np.inf)
+        got = f"{rows[first][:1].squeeze()} at t = {times[first][:1].squeeze():.6g}" if bad.any() else ""
+        check(not bad.any(), "hurst", f"in [{lo}, {hi}] at every step", got)
 
 
 def _traced_grid(sde: FractionalSDE, ts: Array, substeps: int) -> Grid:
@@ -186,7 +217,7 @@ def make_table(sde: FractionalSDE, grid: Grid) -> Noises:
     """
     known = is_concrete(sde.horizon) and is_concrete(grid.distinct)
     xp = np if known else jnp
-    u = np.asarray(grid.distinct, np.float64) / float(sde.horizon) if known else grid.distinct / sde.horizon
+    u = np.asarray(grid.distinct, np.float64) / float(sde.clock) if known else grid.distinct / sde.clock
     lift = sde.lift
     rates = np.concatenate([[0.0], lift.gamma])
     rates = rates if known else jnp.asarray(rates, sde.dtype)

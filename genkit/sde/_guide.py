@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from genkit._core._checks import check_count, is_concrete
+from genkit._core._checks import NonFiniteError, check_count, is_concrete
 
+from ._affine import check_affine
 from ._filter import (
     Backward,
     Gaussian,
@@ -26,7 +27,7 @@ from ._filter import (
 from ._grid import Grid, Noises, make_grid, make_table
 from ._model import FractionalSDE
 from ._observed import Observed
-from ._step import Driver, Step, check_affine, make_driver, make_steps
+from ._step import Driver, Step, make_driver, make_steps
 
 
 class Plan(NamedTuple):
@@ -85,12 +86,14 @@ class LinearGuide(AbstractGuide):
     Args:
         sde: the model.
         observed: observations with a normal law given the state; its mean may be any function of it.
-        max_step: longest step of the grid it is prepared on; another grid in use is prepared on the fly.
+        max_step: longest step of the grid it is prepared on. In use on another grid it is prepared anew; inside jit,
+            where a guide that is an argument cannot be compared, another grid of as many steps gives NaN.
         steps_per_interval: equal steps per interval instead.
         num_iterations: linearisations.
 
     Raises:
         ValueError: if the likelihood is not normal, or times and steps are as `simulate` refuses them.
+        NonFiniteError: if the path it linearises along blows up (outside jit), naming step and state.
 
     Example:
         >>> import jax, jax.numpy as jnp, genkit.noise as gn, genkit.sde as gs
@@ -107,7 +110,7 @@ class LinearGuide(AbstractGuide):
     sde: FractionalSDE
     observed: Observed
     prepared: Plan
-    steps: Array
+    steps: Any
     log_evidence: Array
     num_iterations: int = eqx.field(static=True)
 
@@ -125,11 +128,15 @@ class LinearGuide(AbstractGuide):
         grid = make_grid(sde, observed.ts, max_step, steps_per_interval, "observed.ts")
         if sde.step == "exact":
             check_affine(sde, uncoupled=True)
-        stop = lambda tree: jax.tree.map(lambda x: jax.lax.stop_gradient(x) if eqx.is_array(x) else x, tree)
+        # Known arrays have no gradient to stop, and stay known: inside jit `stop_gradient` would trace them.
+        traced = lambda x: eqx.is_array(x) and not is_concrete(x)
+        stop = lambda tree: jax.tree.map(lambda x: jax.lax.stop_gradient(x) if traced(x) else x, tree)
         self.sde, self.observed = stop(sde), stop(observed)
         noises = make_table(self.sde, grid)
         self.log_evidence, self.prepared = _plan(self.sde, self.observed, grid, noises, grid.slots, num_iterations)
-        self.steps = jnp.asarray(grid.h, sde.dtype)
+        if is_concrete(self.log_evidence) and not bool(jnp.isfinite(self.log_evidence)):
+            _explain(self.sde, grid, noises)
+        self.steps = np.asarray(grid.h, sde.dtype) if is_concrete(grid.h) else grid.h
         self.num_iterations = num_iterations
 
     def times(self) -> Any:
@@ -144,7 +151,9 @@ class LinearGuide(AbstractGuide):
         if is_concrete(grid.h) and is_concrete(self.steps):
             same = np.allclose(grid.h, self.steps, rtol=1e-4, atol=0.0)
             return self.prepared if same else None
-        return self.prepared
+        # Inside jit only the run can tell; a plan for other steps is none.
+        same = jnp.allclose(jnp.asarray(grid.h, self.steps.dtype), self.steps, rtol=1e-4, atol=0.0)
+        return jax.tree.map(lambda x: jnp.where(same, x, jnp.nan), self.prepared)
 
     def plan(self, grid: Grid, noises: Noises, seen: tuple[int, ...]) -> Plan:
         """A plan for another grid."""
@@ -159,6 +168,26 @@ class LinearGuide(AbstractGuide):
     ) -> tuple[Array, Array, Array]:
         """Posterior draw of one step's normals given the state."""
         return draw_gaussian(plan.shift - plan.gain @ flat_state(x, v), plan.root, plan.log_det, white)
+
+
+def _explain(sde: FractionalSDE, grid: Grid, noises: Noises) -> None:
+    """Raise with the first step of the noise-free path that is not finite."""
+    driver = make_driver(sde, grid, noises)
+    offset, noise = start_map(sde, driver)
+    size = sde.dim * driver.num_normals
+    z = np.asarray(_reference(sde, driver, make_steps(sde, driver, grid), offset, noise, size, None)[0])
+    bad = ~np.isfinite(z).all(axis=1)
+    if not bad.any():
+        raise NonFiniteError(
+            "`log_evidence` must be finite; the path that LinearGuide linearises along is, so a derivative of the "
+            "drift or the diffusion, or the likelihood, is not."
+        )
+    k = max(int(np.argmax(bad)) - 1, 0)
+    raise NonFiniteError(
+        f"`drift` must keep the noise-free path, along which LinearGuide linearises, finite; it blew up in step {k} "
+        f"(t = {float(grid.t[k]):.6g}, length {float(grid.h[k]):.3g}), state before it {z[k, : sde.dim]}. Try a "
+        "smaller `max_step`, step='exponential' for a stiff drift, or NeuralGuide(linear=False)."
+    )
 
 
 @eqx.filter_jit

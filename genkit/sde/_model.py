@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from genkit._core._checks import check, check_choice, check_finite, check_interval, check_positive, is_concrete
 from genkit._core._fields import FROZEN
 from genkit.noise import Lift
+from genkit.noise._tables import HURST_RANGE
 
 
 STEPS = ("path_mean", "exponential", "exact")
@@ -104,20 +105,27 @@ def _as_state(x0: Any) -> Any:
 def _as_clock(horizon: Any) -> Any:
     """Known numbers stay on the host, also inside jit, so that step tables are made there in float64."""
     dtype = np.dtype(jnp.result_type(float))
-    return horizon.astype(dtype) if isinstance(horizon, jax.Array) else np.asarray(horizon, dtype)
+    with np.errstate(over="ignore"):  # refused as infinite
+        return horizon.astype(dtype) if isinstance(horizon, jax.Array) else np.asarray(horizon, dtype)
 
 
 class FractionalSDE(eqx.Module):
     r"""The model $dX=b(t,X)\,dt+s(t,X)\circ dB_H$, with unit-variance fractional noise per coordinate, $t\in[0,T]$.
 
     Stratonovich is the only reading that has a limit as the lift is refined; with additive noise it makes no
-    difference. Coordinates have independent noises; couple them through the drift.
+    difference. Coordinates have independent noises; couple them through the drift. Where the diffusion depends on the
+    state and $H<1/4$, halving the step helps only once it is below `horizon / lift.hi`: sums of fourth powers of the
+    increments grow until then. Take a lift with a smaller `hi` there.
+
+    Training moves every array of the coefficients, the Hurst index and `x0`, default numbers included, but not the
+    horizon.
 
     Args:
         drift: `drift(t, x) -> (d,)`.
         diffusion: `diffusion(t, x) -> (d,)` or scalar, the diagonal of the diffusion.
         lift: the noise, from `genkit.noise.ma_fbm` or `brownian`.
-        hurst: Hurst index: a scalar, (d,), a `LearnedHurst`, or a function of physical time giving one of these shapes.
+        hurst: Hurst index: a scalar, (d,), a `LearnedHurst`, or a function of physical time giving one of these shapes:
+            then $B(t)=\sum_k\omega_k(H(t))Y_k(t)$ with the lift's processes Y and weights, of variance $t^{2H(t)}$.
         horizon: length T of the time interval, positive; the clock of the lift. Noise is accurate down to about
             `T / lift.hi`.
         x0: initial state (d,) or scalar, or a numpyro law of it with event or batch shape (d,).
@@ -127,7 +135,8 @@ class FractionalSDE(eqx.Module):
             affine, uncoupled drift with constant coefficients without any error.
 
     Raises:
-        ValueError: if an index is outside (0, 1), the horizon is not positive, a coefficient has the wrong shape.
+        ValueError: if an index is outside (0, 1) or the lift's range, the horizon is not positive and finite, or a
+            coefficient has the wrong shape.
 
     Example:
         >>> import genkit.noise as gn, genkit.sde as gs
@@ -152,31 +161,30 @@ class FractionalSDE(eqx.Module):
         check_choice("step", self.step, STEPS)
         check(jnp.ndim(self.horizon) == 0, "horizon", "a scalar", self.horizon)
         check_positive("horizon", self.horizon)
+        check_finite("horizon", self.horizon)
         if not isinstance(self.x0, dist.Distribution):
             check(self.x0.ndim == 1, "x0", "of shape (d,) or a numpyro law", self.x0)
             check_finite("x0", self.x0)
         self._check_hurst()
         d, dtype = self.dim, self.dtype
-        t, x = jax.ShapeDtypeStruct((), dtype), jax.ShapeDtypeStruct((d,), dtype)
-        drift = jax.eval_shape(self.drift, t, x)
-        check(getattr(drift, "shape", None) == (d,), "drift", f"a function (t, x) -> shape ({d},)", _shape(drift))
-        diffusion = jax.eval_shape(self.diffusion, t, x)
-        ok = getattr(diffusion, "shape", None) in ((d,), ())
-        hint = (
-            "Only diagonal diffusion is supported: return its diagonal; couple coordinates through the drift."
-            if getattr(diffusion, "ndim", 0) == 2
-            else ""
-        )
-        check(ok, "diffusion", f"a function (t, x) -> shape ({d},) or a scalar", _shape(diffusion), hint)
+        state = (jax.ShapeDtypeStruct((), dtype), jax.ShapeDtypeStruct((d,), dtype))
+        _check_coefficient("drift", self.drift, state, "", ((d,),))
+        _check_coefficient("diffusion", self.diffusion, state, " or a scalar", ((d,), ()))
 
     def _check_hurst(self) -> None:
         value = self.hurst_at(jnp.zeros((), self.dtype))
         check(value.ndim <= 1, "hurst", "a scalar or of shape (d,)", value)
         check_interval("hurst", value, 0, 1, open_lo=True, open_hi=True)
         self.lift.weights(value)
-        if self.lift.num_terms == 0 and is_concrete(value):
+        lo, hi = self.hurst_range
+        if self.lift.num_terms == 0:
             hint = "Brownian motion has no other; for fractional noise use lift=genkit.noise.ma_fbm()."
-            check(bool(np.allclose(value, 0.5)), "hurst", "0.5 with lift=brownian()", value, hint)
+            check(not self.varying, "hurst", "0.5 with lift=brownian()", "a function of time", hint)
+            check(not is_concrete(value) or np.allclose(value, 0.5), "hurst", "0.5 with lift=brownian()", value, hint)
+        elif isinstance(self.hurst, LearnedHurst):
+            ends = f"({self.hurst.lo}, {self.hurst.hi})"
+            ok = lo <= self.hurst.lo and self.hurst.hi <= hi
+            check(ok, "hurst", f"a LearnedHurst with bounds inside [{lo}, {hi}], where the lift ends", ends)
         ok = value.ndim == 0 or value.shape[0] == self.dim
         check(ok, "hurst", f"a scalar or of shape ({self.dim},), one per coordinate of x0", f"shape {value.shape}")
 
@@ -197,6 +205,21 @@ class FractionalSDE(eqx.Module):
         return self.x0.shape[0]
 
     @property
+    def clock(self) -> Any:
+        """`horizon` as a constant of differentiation: a fact about the data that no training may move."""
+        return jax.lax.stop_gradient(self.horizon) if isinstance(self.horizon, jax.Array) else self.horizon
+
+    @property
+    def has_law(self) -> bool:
+        """Whether the initial state is drawn."""
+        return isinstance(self.x0, dist.Distribution)
+
+    @property
+    def hurst_range(self) -> tuple[float, float]:
+        """The indices that the lift covers."""
+        return HURST_RANGE
+
+    @property
     def varying(self) -> bool:
         """Whether the Hurst index is a function of time."""
         return callable(self.hurst)
@@ -210,9 +233,32 @@ class FractionalSDE(eqx.Module):
     def start(self) -> tuple[Array, Array]:
         """Mean and standard deviation (d,) of the initial state; zero deviation when it is known."""
         if isinstance(self.x0, dist.Distribution):
-            mean, var = (jnp.broadcast_to(jnp.ravel(v), (self.dim,)) for v in (self.x0.mean, self.x0.variance))
+            expected, got = "a law of finite mean and variance under a guide", type(self.x0).__name__
+            try:
+                moments = (self.x0.mean, self.x0.variance)
+            except NotImplementedError as error:
+                raise ValueError(f"`x0` must be {expected}; numpyro gives none for {got}.") from error
+            for moment in moments:
+                check(not is_concrete(moment) or bool(np.isfinite(moment).all()), "x0", expected, got)
+            mean, var = (jnp.broadcast_to(jnp.ravel(v), (self.dim,)) for v in moments)
             return mean.astype(self.dtype), jnp.sqrt(var).astype(self.dtype)
         return jnp.broadcast_to(self.x0, (self.dim,)).astype(self.dtype), jnp.zeros(self.dim, self.dtype)
+
+
+def _check_coefficient(name: str, function: Any, state: tuple, also: str, shapes: tuple) -> None:
+    """Refuse a coefficient that is no function of such a state, or returns another shape."""
+    expected = f"a function (t, x) -> shape {state[1].shape}{also}"
+    check(callable(function), name, expected, function, "Use `Constant`." if name == "diffusion" else "")
+    diagonal = "Only diagonal diffusion is supported: return its diagonal; couple coordinates through the drift."
+    if isinstance(function, Constant):
+        check(function.value.ndim < 2, name, expected, _shape(function.value), diagonal)
+    try:
+        value = jax.eval_shape(function, *state)
+    except (TypeError, ValueError) as error:
+        hint = "The number of coordinates is that of `x0`."
+        raise ValueError(f"`{name}` must be {expected}; got an error: {str(error).rstrip('.')}. {hint}") from error
+    hint = diagonal if name == "diffusion" and getattr(value, "ndim", 0) == 2 else ""
+    check(getattr(value, "shape", None) in shapes, name, expected, _shape(value), hint)
 
 
 def _shape(value: Any) -> str:

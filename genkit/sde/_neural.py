@@ -95,6 +95,7 @@ class NeuralGuide(AbstractGuide):
 
     linear: LinearGuide | None = eqx.field(metadata=FROZEN)
     observed: Observed = eqx.field(metadata=FROZEN)
+    horizon: Any = eqx.field(metadata=FROZEN)
     encoder: Encoder
     control: eqx.nn.MLP
     origin: eqx.nn.MLP
@@ -122,7 +123,7 @@ class NeuralGuide(AbstractGuide):
         steps: dict[str, Any] = {"max_step": max_step, "steps_per_interval": steps_per_interval}
         steps["num_iterations"] = num_iterations
         self.linear = LinearGuide(sde, observed, **steps) if (normal if linear is None else linear) else None
-        self.observed = observed
+        self.observed, self.horizon = observed, sde.horizon
         embed = _identity if embed is None else embed
         size = eqx.filter_eval_shape(embed, observed.y[0]).size
         self.encoder = Encoder(embed, eqx.nn.GRUCell(size + 2, width, dtype=sde.dtype, key=key_cell))
@@ -158,7 +159,7 @@ class NeuralGuide(AbstractGuide):
             ready = self.linear.prepared_for(grid, noises) if len(seen) == len(grid.slots) else None
             linear = jax.lax.stop_gradient(self.linear.plan(grid, noises, seen) if ready is None else ready)
         dtype = self.control.layers[0].weight.dtype
-        horizon = jnp.asarray(grid.t[-1] + grid.h[-1], dtype) if grid.num_steps else jnp.ones((), dtype)
+        horizon = jax.lax.stop_gradient(jnp.asarray(self.horizon, dtype))
         observed = jax.tree.map(lambda x: jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, self.observed)
         contexts = self.encoder(eqx.tree_at(lambda o: o.likelihood, observed, self.observed.likelihood), horizon)
         # Padded with "no observation follows"; step k sees the first observation after its start.
@@ -194,7 +195,8 @@ class NeuralGuide(AbstractGuide):
         """One step's normals: linear part, control along the Brownian increment, widening of it."""
         d = x.shape[0]
         inputs = jnp.concatenate([x, (v / _spread(sde, driver)).ravel(), plan.context, plan.clock])
-        control, widening = jnp.split(self.control(inputs), 2)
+        # After the last observation there is nothing to steer for.
+        control, widening = jnp.split(plan.clock[-1] * self.control(inputs), 2)
         index = 0 if driver.table.u.shape[0] == 1 else step.kind
         u, along = driver.table.u[index], driver.table.brownian[index]
         along = jnp.concatenate([along, jnp.zeros(driver.num_normals - along.shape[0], along.dtype)])

@@ -75,7 +75,12 @@ class Observed(eqx.Module):
     def __check_init__(self):
         check_times("ts", self.ts)
         n = self.ts.shape[0]
-        check(self.y.shape[0] == n, "y", f"of shape ({n}, ...), one row per time", f"shape {self.y.shape}")
+        check(
+            self.y.ndim > 0 and self.y.shape[0] == n,
+            "y",
+            f"of shape ({n}, ...), one row per time",
+            f"shape {self.y.shape}",
+        )
         check_shape("mask", self.mask, (n,))
         check(self.mask.dtype == bool, "mask", "boolean, True where observed", self.mask)
         check(callable(self.likelihood), "likelihood", "a function x -> numpyro law", self.likelihood)
@@ -92,14 +97,22 @@ class Observed(eqx.Module):
 
     def log_likelihood(self, x: Float[Array, " n d"]) -> Float[Array, ""]:
         """Log-density of the observed rows given the states `x` at all times; masked rows count nothing."""
+        return jnp.sum(self.log_likelihoods(x))
+
+    def log_likelihoods(self, x: Float[Array, " n d"]) -> Float[Array, " n"]:
+        """Log-density of each row given the state at its time; 0 for masked rows."""
 
         def row(x: Array, y: Array, keep: Array) -> Array:
             law = self.likelihood(x)
             shape = law.batch_shape + law.event_shape
-            value = y.reshape(shape) if y.size == int(np.prod(shape)) else y
-            return jnp.where(keep, jnp.sum(law.log_prob(value)), 0.0)
+            hint = "One row of `y` is one draw of `likelihood(x)`, for a state of as many coordinates as the model's."
+            expected = f"of {int(np.prod(shape))} entries a row, as the likelihood's shape {shape}"
+            ours, theirs = (tuple(n for n in s if n != 1) for s in (y.shape, shape))
+            fits = y.size == int(np.prod(shape)) and (min(len(ours), len(theirs)) < 2 or ours == theirs)
+            check(fits, "y", expected, f"rows of shape {y.shape}", hint)
+            return jnp.where(keep, jnp.sum(law.log_prob(y.reshape(shape))), 0.0)
 
-        return jnp.sum(jax.vmap(row)(x, self.filled(), jnp.asarray(self.mask)))
+        return jax.vmap(row)(x, self.filled(), jnp.asarray(self.mask))
 
 
 def check_times(name: str, ts: Any) -> None:

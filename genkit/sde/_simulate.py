@@ -1,6 +1,7 @@
 """Simulation: one scan over blocks of steps, about sqrt(N) each, their noise drawn per block, checkpointed."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import equinox as eqx
@@ -8,16 +9,19 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-import numpyro.distributions as dist
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
 from genkit._core._checks import NonFiniteError, check, check_finite, check_key, is_concrete
 
-from ._grid import Grid, Noises, make_grid, make_table
-from ._guide import AbstractGuide, Plan
+from ._affine import check_affine
+from ._grid import Grid, Noises, check_inside, make_grid, make_table
+from ._guide import AbstractGuide, LinearGuide, Plan
 from ._model import FractionalSDE
-from ._step import Driver, Step, advance, check_affine, make_driver, make_steps, shape_noise
+from ._neural import NeuralGuide
+from ._observed import Observed
+from ._start import initial_state
+from ._step import Driver, Step, advance, make_driver, make_steps, shape_noise
 
 
 class Paths(eqx.Module):
@@ -56,6 +60,8 @@ def prepare(sde: FractionalSDE, guide: AbstractGuide | None, grid: Grid) -> tupl
     """What is done on the host before anything is compiled: checks, tables, a look at the guide's own plan."""
     if sde.step == "exact":
         check_affine(sde, uncoupled=True)
+    if guide is not None:
+        sde.start()  # its errors name the law of x0
     noises = make_table(sde, grid)
     return noises, None if guide is None else guide.prepared_for(grid, noises)
 
@@ -83,35 +89,10 @@ def _block_sizes(num_steps: int) -> tuple[int, int, int]:
     return (num_steps // size, size, num_steps % size)
 
 
-def initial_state(run: Run, guide: AbstractGuide | None, plan: Any, x0: Array | None, key: Array) -> tuple:
-    """State at time 0 with the log-weight and divergence of its draw."""
-    sde, driver = run.sde, run.driver
-    key_past, key_x0 = jr.split(key)
-    d, r = driver.start.shape[0], driver.start.shape[-1]
-    mean, sd = sde.start()
-    past, zero = jr.normal(key_past, (d * r,), sde.dtype), jnp.zeros((), sde.dtype)
-    law = sde.x0 if isinstance(sde.x0, dist.Distribution) else None
-    weight, kl = zero, zero
-    if guide is None:
-        if x0 is None:
-            x0 = mean if law is None else jnp.ravel(law.sample(key_x0)).astype(sde.dtype)
-            x0 = jnp.broadcast_to(x0, (d,))
-    else:
-        normals, weight, kl = guide.start(plan, jnp.concatenate([past, jr.normal(key_x0, (d,), sde.dtype)]))
-        past, x0 = normals[: d * r], mean + sd * normals[d * r :]
-        if law is not None and not isinstance(law, dist.Normal):
-            # The guide takes the law for a Gaussian of the same moments; the weight makes up for the difference.
-            value = x0.reshape(law.batch_shape + law.event_shape)
-            gap = jnp.sum(law.log_prob(value)) - jnp.sum(dist.Normal(mean, sd).log_prob(x0))
-            weight, kl = weight + gap, kl - gap
-    v = jnp.einsum("dmr,dr->dm", driver.start, past.reshape(d, r))
-    return x0, v, weight, kl
-
-
 def simulate_run(run: Run, guide: AbstractGuide | None, plan: Plan | None, x0: Array | None, key: Array) -> tuple:
     """States at the requested times, log-weight, divergence. Pure; vectorise over `key`."""
     key_start, key_noise = jr.split(key)
-    carry = initial_state(run, guide, plan, x0, key_start)
+    carry = initial_state(run.sde, run.driver, guide, plan, x0, key_start)
     num_steps = run.steps.h.shape[0]
     first = carry[0]
     if num_steps == 0:
@@ -199,15 +180,17 @@ def simulate(
         sde: the model.
         ts: increasing times in [0, horizon], shape (n,), at which the state is returned.
         x0: initial state instead of the model's own, (d,).
-        guide: the law to draw from instead of the model's; its observation times become step boundaries too.
+        guide: the law to draw from instead of the model's; its observation times become step boundaries too. It takes
+            a law of `x0` for the normal law of the same moments, cut to the support; `log_weight` makes up for that.
         max_step: longest time step; `None` takes one step from each time to the next, so that `ts` is the grid. Needs
             times known on the host.
         steps_per_interval: equal steps in each interval instead, a Python integer; works with traced times.
         key: typed PRNG key.
 
     Returns:
-        The `Paths`. Beyond 1,024 steps a path's forward memory does not grow with their number, its backward memory
-        with their square root (from 65,536 steps on with a 256th of them).
+        The `Paths`. Beyond 1,024 steps a path's forward memory grows at most with the square root of their number and
+        not at all beyond 65,536; its backward memory with the square root, from there on with a 256th of them. The
+        step times, 4 bytes a step in float32, are shared by all paths of a `vmap`.
 
     Raises:
         ValueError: if the times are not increasing or outside the horizon, or `max_step` is too long.
@@ -222,6 +205,7 @@ def simulate(
     Source: steps as in `FractionalSDE`; the exact law of the lifted noise was derived for this library.
     """
     check_key(key)
+    check_parts(sde, guide, optional=True)
     if guide is not None:
         check(x0 is None, "x0", "None with a guide", x0, "Build the guide from a model with that initial state.")
     if x0 is not None:
@@ -235,6 +219,46 @@ def simulate(
     paths = Paths(ts, x[rows], weight, kl)
     explain_blow_up(sde, grid, noises, guide, plan, seen, x0=x0, key=key, paths=paths)
     return paths
+
+
+def check_parts(sde: Any, guide: Any, observed: Any = None, *, optional: bool = False) -> None:
+    """Refuse what is not a model, a guide and observations, and a guide that was made for others of another size."""
+    hint = "The order is (sde, guide, observed)."
+    check(isinstance(sde, FractionalSDE), "sde", "a FractionalSDE", type(sde).__name__, hint)
+    if optional and guide is None:
+        return
+    hint += " A guide is made by `LinearGuide(sde, observed)` or `NeuralGuide(sde, observed, key=key)`."
+    check(isinstance(guide, AbstractGuide), "guide", "a guide", type(guide).__name__, hint)
+    hint = "Make a guide for this model and these observations."
+    for name, wanted, made in _made_for(sde, guide):
+        check(made == wanted, "guide", f"made for a model with {name} = {wanted}", f"one made for {made}", hint)
+    if optional:
+        return
+    check(isinstance(observed, Observed), "observed", "an Observed", type(observed).__name__)
+    n, times = observed.ts.shape[0], guide.times()
+    if times is not None:
+        m = times.shape[0]
+        check(m == n, "guide", f"made for {n} observation times, as in `observed`", f"one made for {m}", hint)
+
+
+def _made_for(sde: FractionalSDE, guide: AbstractGuide) -> Iterator[tuple[str, Any, Any]]:
+    """What a guide's layout depends on, as this model has it and as the guide's own had it."""
+    linear = guide.linear if isinstance(guide, NeuralGuide) else guide
+    if isinstance(linear, LinearGuide):
+        yield "dim", sde.dim, linear.sde.dim
+        for name in ("num_terms", "history_rank"):
+            yield f"lift.{name}", getattr(sde.lift, name), getattr(linear.sde.lift, name)
+        yield "varying", sde.varying, linear.sde.varying
+        if "exact" in (sde.step, linear.sde.step):  # it draws one normal more
+            yield "step", sde.step, linear.sde.step
+    if isinstance(guide, NeuralGuide):
+        d, k, r = sde.dim, sde.lift.num_terms, sde.lift.history_rank
+        yield "dim", d, int(guide.control.out_size) // 2
+        per_start = int(guide.origin.out_size) // d  # r + 1 means and a triangular root of them: (r + 1) (r + 4) / 2
+        yield "lift.history_rank", r, round(((8 * per_start + 9) ** 0.5 - 5) / 2)
+        width = guide.encoder.cell.hidden_size
+        processes = (int(guide.control.in_size) - d - width - 3) // d
+        yield "processes in the state", k + r if sde.varying else k, processes
 
 
 @eqx.filter_jit
@@ -256,6 +280,7 @@ def _grid_with(sde: FractionalSDE, ts: Any, guide: AbstractGuide | None, max_ste
         return grid, rows, ()
     if ts is extra:
         return grid, rows, grid.slots
+    check_inside(sde, extra, "observed.ts of the guide")
     hint = "Under jit close over the times, or ask for the observation times themselves."
     check(is_concrete(ts) and is_concrete(extra), "ts", "concrete with a guide", "traced times", hint)
     wanted, observed = np.asarray(ts, np.float64), np.asarray(extra, np.float64)
@@ -281,20 +306,31 @@ def explain_blow_up(
     paths: Paths,
 ) -> None:
     """Raise with the first bad step and the state before it, if the outcome is known and not finite."""
-    leaves = (paths.x, paths.log_weight)
-    if not all(is_concrete(leaf) for leaf in leaves) or all(bool(jnp.isfinite(leaf).all()) for leaf in leaves):
+    if not all(is_concrete(leaf) for leaf in (paths.x, paths.log_weight)):
         return
-    every = dataclasses.replace(grid, slots=tuple(range(1, grid.num_steps + 1)))
+    weight_fine = not bool(jnp.isnan(paths.log_weight) | jnp.isposinf(paths.log_weight))  # -inf: an impossible path
+    if weight_fine and bool(jnp.isfinite(paths.x).all()):
+        return
+    if guide is not None:
+        plan = guide.plan(grid, noises, seen) if plan is None else plan
+        if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(eqx.filter(plan, eqx.is_inexact_array))):
+            raise NonFiniteError(
+                "`guide` must be finite; its control on this grid holds NaN or infinity, so no path can be drawn. Try "
+                "a smaller `max_step` for it, or check the observations and the drift along the noise-free path."
+            )
+    every = dataclasses.replace(grid, slots=tuple(range(grid.num_steps + 1)))
     states = np.asarray(_simulate(sde, every, noises, guide, plan, seen, x0, jr.clone(key))[0])
     bad = ~np.isfinite(states).all(axis=1)
     if not bad.any():
         raise NonFiniteError(
             "`log_weight` must be finite; the path is, so the guide's control or the law of x0 is not."
         )
-    k = int(np.argmax(bad))
-    before = states[k - 1] if k else "the initial state"
+    k = int(np.argmax(bad)) - 1
+    if k < 0:
+        hint = "Check the law of `x0`" + ("." if guide is None else " and the guide.")
+        raise NonFiniteError(f"`x` must be finite; the initial state is {states[0]}. {hint}")
     t, h = float(grid.t[k]), float(grid.h[k])
     raise NonFiniteError(
         f"`x` must be finite; the solution blew up in step {k} (t = {t:.6g}, length {h:.3g}), state before it "
-        f"{before}. Try a smaller `max_step`, step='exponential' for a stiff drift, or check the drift there."
+        f"{states[k]}. Try a smaller `max_step`, step='exponential' for a stiff drift, or check the drift there."
     )

@@ -1,15 +1,13 @@
 """One time step of the state (x, v): the lifted noise exactly, the equation to second order or exactly."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-
-from genkit._core._checks import check, is_concrete
 
 from ._grid import Grid, Noises, StepTable, panels, phi1, pivots
 from ._model import FractionalSDE
@@ -70,14 +68,14 @@ def make_driver(sde: FractionalSDE, grid: Grid, noises: Noises) -> Driver:
     d = sde.dim
     if sde.lift.num_terms == 0:
         empty = jnp.zeros((d, 0), sde.dtype)
-        direct = jnp.sqrt(sde.horizon)
+        direct = jnp.sqrt(sde.clock)
         start = jnp.zeros((d, 0, 0), sde.dtype)
         driver = Driver(table, empty, direct, start, None, None, columns)
     elif sde.varying:
         driver = _varying_driver(sde, grid, table, columns)
     else:
         hurst = jnp.broadcast_to(sde.hurst_at(0.0), (d,))
-        scale = (sde.horizon**hurst)[:, None]
+        scale = (sde.clock**hurst)[:, None]
         start = -scale[..., None] * sde.lift.history(hurst)
         gain = (scale * sde.lift.weights(hurst)).astype(sde.dtype)
         zero = jnp.zeros((), sde.dtype)
@@ -94,9 +92,9 @@ def _varying_driver(sde: FractionalSDE, grid: Grid, table: StepTable, columns: t
 
     def weights(t: Array) -> Array:
         hurst = jnp.broadcast_to(sde.hurst_at(t), (d,))
-        past = -jnp.expm1(-gamma * t / sde.horizon)
+        past = -jnp.expm1(-gamma * t / sde.clock)
         rows = [sde.lift.weights(hurst), jnp.einsum("k,dkr->dr", past, sde.lift.history(hurst))]
-        return (sde.horizon**hurst)[:, None] * jnp.concatenate(rows, axis=-1)
+        return (sde.clock**hurst)[:, None] * jnp.concatenate(rows, axis=-1)
 
     t, h = jnp.asarray(grid.t, sde.dtype), jnp.asarray(grid.h, sde.dtype)
     at = lambda s: jax.vmap(weights)(s).astype(sde.dtype)
@@ -151,6 +149,12 @@ def shape_noise(driver: Driver, step: Step, eps: Array) -> Noise:
 
 def advance(sde: FractionalSDE, driver: Driver, step: Step, x: Array, v: Array, noise: Noise) -> tuple[Array, Array]:
     """One step of (x, v), shapes (d,) and (d, m)."""
+    dx, dv = change(sde, driver, step, x, v, noise)
+    return x + dx, v + dv
+
+
+def change(sde: FractionalSDE, driver: Driver, step: Step, x: Array, v: Array, noise: Noise) -> tuple[Array, Array]:
+    """What one step adds to (x, v)."""
     table, exact = pick(driver, step.kind)
     dv = table.loss * v + noise.v
     t, h = step.t, step.h
@@ -158,8 +162,8 @@ def advance(sde: FractionalSDE, driver: Driver, step: Step, x: Array, v: Array, 
         rate = exact[3]
         forcing = sde.drift(t, jnp.zeros_like(x))
         s = jnp.broadcast_to(sde.diffusion(t, x), x.shape)
-        change = h * phi1(rate * h) * (forcing - rate * x)
-        return x + change + s * (noise.affine - jnp.sum(exact[2] * v, axis=-1)), v + dv
+        relaxed = h * phi1(rate * h) * (forcing - rate * x)
+        return relaxed + s * (noise.affine - jnp.sum(exact[2] * v, axis=-1)), dv
     if step.alpha is None:
         increment = jnp.sum(dv, axis=-1) + noise.brownian
         area, area2 = noise.area - jnp.sum(table.lag * v, axis=-1), noise.area2 - jnp.sum(table.lag2 * v, axis=-1)
@@ -173,11 +177,11 @@ def advance(sde: FractionalSDE, driver: Driver, step: Step, x: Array, v: Array, 
     means = Means(
         area / u + noise.brownian / 2, 2 * area2 / u**2 + noise.brownian / 3, area2 / u**2 + noise.brownian / 4
     )
-    return _heun(sde, t, h, x, increment, means), v + dv
+    return _heun(sde, t, h, x, increment, means), dv
 
 
 def _heun(sde: FractionalSDE, t: Array, h: Array, x: Array, increment: Array, means: Means) -> Array:
-    """Stratonovich step: the drift at the path's own middle, the diffusion averaged over the ends.
+    """Change of x in a Stratonovich step: the drift at the path's own middle, the diffusion averaged over the ends.
 
     Two drift calls cannot follow the decay 1 - q h + (q h)^2 / 2 - ... of a linear drift -q x beyond second order. The
     noise in the first call is chosen to make up for that: with `means.lead` the stationary variance under Brownian
@@ -190,7 +194,7 @@ def _heun(sde: FractionalSDE, t: Array, h: Array, x: Array, increment: Array, me
     s_mean = (s + s_end) / 2
     if sde.step == "path_mean":
         middle = x + h / 2 * b + s * means.plain
-        return x + h * sde.drift(t + h / 2, middle) + s_mean * increment
+        return h * sde.drift(t + h / 2, middle) + s_mean * increment
     rate = -jnp.diagonal(jax.jacfwd(lambda x: sde.drift(t, x))(x))
     middle = x + h / 2 * phi1(rate * h / 2) * b + s * means.plain
     pull = sde.drift(t + h / 2, middle) + rate * (middle - x)
@@ -198,7 +202,7 @@ def _heun(sde: FractionalSDE, t: Array, h: Array, x: Array, increment: Array, me
     # that a constant and a linear B come out exactly.
     decay, ramp = phi1(rate * h), _kappa(rate * h)
     weighted = (3 * ramp - 2 * decay) * means.plain + 3 * (decay - ramp) * means.early
-    return x + h * decay * pull + s_mean * (increment - rate * h * weighted)
+    return h * decay * pull + s_mean * (increment - rate * h * weighted)
 
 
 def _kappa(x: Array) -> Array:
@@ -209,38 +213,11 @@ def _kappa(x: Array) -> Array:
     return jnp.where(small, series, 2 * (1 - phi1(safe)) / safe)
 
 
-def affine_parts(sde: FractionalSDE) -> tuple[Array, Array, Array]:
-    """Jacobian (d, d) and value at 0 (d,) of the drift, diffusion (d,), all at time 0 and state 0."""
-    zero, t0 = jnp.zeros(sde.dim, sde.dtype), jnp.zeros((), sde.dtype)
-    jacobian, forcing = jax.jacfwd(lambda x: sde.drift(t0, x))(zero), sde.drift(t0, zero)
-    return jacobian, forcing, jnp.broadcast_to(sde.diffusion(t0, zero), (sde.dim,))
-
-
-def check_affine(sde: FractionalSDE, *, uncoupled: bool) -> None:
-    """Refuse coefficients that the exact step cannot take, where they can be looked at."""
-    hint = "Use `step='path_mean'` or 'exponential' (second order), in `kalman` with `steps_per_interval`."
-    check(not sde.varying, "hurst", "constant in time for exact steps", "a function of time", hint)
-    jacobian, forcing, diffusion = affine_parts(sde)
-    d = sde.dim
-    # Two arbitrary points tell an affine map with constant coefficients from any other a user would write.
-    for fraction, point in ((0.37, 1.3), (0.91, -0.7)):
-        t, x = sde.horizon * fraction, point * (1 + jnp.arange(d, dtype=sde.dtype))
-        gaps = (sde.drift(t, x) - (jacobian @ x + forcing), jnp.broadcast_to(sde.diffusion(t, x), (d,)) - diffusion)
-        size = 1 + jnp.max(jnp.abs(jacobian)) * jnp.max(jnp.abs(x)) + jnp.max(jnp.abs(forcing))
-        for name, gap in zip(("drift", "diffusion"), gaps, strict=True):
-            if is_concrete(gap) and is_concrete(size):
-                expected = ("affine in x with constant coefficients", "constant")[name == "diffusion"]
-                worst = float(jnp.max(jnp.abs(gap)))
-                check(
-                    worst <= 1e-4 * float(size),
-                    name,
-                    expected,
-                    f"a deviation of {worst:.3g} at t = {float(t):.3g}",
-                    hint,
-                )
-    if uncoupled and d > 1 and is_concrete(jacobian):
-        off = float(jnp.max(jnp.abs(jacobian - jnp.diag(jnp.diagonal(jacobian)))))
-        check(off <= 1e-6, "drift", "uncoupled under step='exact'", f"a coupling of {off:.3g}", hint)
+def affine_parts(sde: FractionalSDE, t: Any = 0.0) -> tuple[Array, Array, Array]:
+    """Jacobian (d, d) and value at 0 (d,) of the drift, diffusion (d,), all at time `t` and state 0."""
+    zero, t = jnp.zeros(sde.dim, sde.dtype), jnp.asarray(t, sde.dtype)
+    jacobian, forcing = jax.jacfwd(lambda x: sde.drift(t, x))(zero), sde.drift(t, zero)
+    return jacobian, forcing, jnp.broadcast_to(sde.diffusion(t, zero), (sde.dim,))
 
 
 def _exact_rows(sde: FractionalSDE, driver: Driver) -> tuple[Array, Array, Array, Array]:
@@ -251,7 +228,7 @@ def _exact_rows(sde: FractionalSDE, driver: Driver) -> tuple[Array, Array, Array
     """
     rate = -jnp.diagonal(affine_parts(sde)[0])
     gamma = jnp.asarray(sde.lift.gamma, sde.dtype)
-    q = rate * sde.horizon
+    q = rate * sde.clock
     unit_nodes, unit_weights = (jnp.asarray(a, sde.dtype) for a in panels())
 
     def response(v: Array) -> tuple[Array, Array]:

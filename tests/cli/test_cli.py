@@ -134,6 +134,14 @@ def test_sample_options(run, capsys):
     np.testing.assert_allclose(a - c, 3.0, atol=0.1)  # the condition shifts the mean
 
 
+def test_a_sampler_for_another_kind_of_model(folder, capsys):
+    """A model that is called with a state alone is no denoiser."""
+    Path("path.py").write_text(MODEL.replace("def __call__(self, x, sigma, cond=None):", "def __call__(self, x):"))
+    assert main(["train", "path.py", "--out", "path", "--steps", "2"]) == 0
+    assert main(["sample", "path", "--sampler", "sampler.py", "-n", "2"]) == 2
+    assert "path holds a Shrink. Take a sampler made for it" in capsys.readouterr().err
+
+
 def test_infer(folder, capsys):
     assert main(["infer", "problem.py", "--sampler", "method.py", "--out", "out"]) == 0
     printed = capsys.readouterr().out

@@ -131,3 +131,73 @@ def test_refuses_negative_times_and_unknown_kinds():
         gn.fbm_covariance(0.5, -1.0, 1.0)
     with pytest.raises(ValueError, match="kind"):
         gn.fbm_covariance(0.5, 1.0, 1.0, kind="III")
+
+
+def test_refuses_several_indices_for_one_series():
+    with pytest.raises(ValueError, match="scalar"):
+        gn.fgn_log_prob(jnp.zeros(3), np.full(3, 0.7))
+    with pytest.raises(ValueError, match="scalar"):
+        gn.fgn_autocovariance(np.full(3, 0.7), 3)
+
+
+def kernel(w, a):
+    """Response of the process at theta = 1, by Kummer's function or its asymptotic series."""
+    powers = np.arange(1, 12)
+    series = (
+        special.gamma(a + 1)
+        * special.rgamma(a + 1 - powers)
+        * (-1.0) ** (powers - 1)
+        @ (1 / np.maximum(w, 30.0)) ** powers[:, None]
+    )
+    near = np.exp(-w) * special.hyp1f1(a, a + 1, np.minimum(w, 30.0))
+    return w**a * np.where(w > 30, series, near)
+
+
+def by_decades(function, hi):
+    """Gauss-Legendre quadrature from 0, a decade at a time."""
+    nodes, weights = np.polynomial.legendre.leggauss(60)
+    edges = np.array([0.0, *[e for e in 10.0 ** np.arange(-14, 15) if e < hi], hi])
+    width = np.diff(edges)[:, None] / 2
+    return np.sum(width * weights * function((edges[:-1, None] + width * (1 + nodes)).ravel()).reshape(width.size, -1))
+
+
+def variance(kind, hurst, time):
+    """At theta = 1: kind I by incomplete gamma and Kummer's functions, kind II by quadrature."""
+    if kind == "I":
+        p = 2 * hurst
+        grown = np.exp(-time) * time**p / p * special.hyp1f1(1, p + 1, -time) if time < 50 else 0.0
+        return hurst * (special.gamma(p) * special.gammainc(p, time) + grown)
+    q = 1 / (2 * hurst)  # w = u ** q takes the singularity away
+    return by_decades(lambda u: kernel(u**q, hurst - 0.5) ** 2 * u ** (q - 1), time ** (2 * hurst))
+
+
+@pytest.mark.parametrize("kind", ["I", "II"])
+def test_fractional_ou_keeps_its_digits_at_any_rate(kind):
+    hursts, times = np.array(HURSTS), np.array([1e-3, 1.0, 30.0, 1e3, 1e5, 1e8])
+    wanted = np.array([[variance(kind, h, t) for t in times] for h in hursts])
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(gn.fou_covariance(hursts[:, None], times, times, 1.0, kind=kind), wanted, rtol=1e-7)
+        other = gn.fou_covariance(hursts[:, None], 1.0, 1.0, times, kind=kind)  # only theta t matters
+        np.testing.assert_allclose(other * times ** (2 * hursts[:, None]), wanted, rtol=1e-7)
+    narrow = np.float32(hursts)[:, None], np.float32(times)
+    np.testing.assert_allclose(gn.fou_covariance(*narrow, narrow[1], 1.0, kind=kind), wanted, rtol=1e-5)
+
+
+def test_late_covariances_are_stationary():
+    """Far apart, cov(s, t) falls like (t - s) ** (2 H - 2); the start at 0 is forgotten up to the same power of t."""
+    for hurst in (0.3, 0.7, 0.9):
+        gap, lead = 1e4, hurst * (2 * hurst - 1)
+        with jax.enable_x64(True):
+            wide = gn.fou_covariance(hurst, 1e6, 1e6 + gap, 1.0)
+        np.testing.assert_allclose(wide, lead * gap ** (2 * hurst - 2), rtol=1e-6)
+        narrow = gn.fou_covariance(np.float32(hurst), np.float32(1e6), np.float32(1e6 + gap), np.float32(1.0))
+        np.testing.assert_allclose(narrow, wide, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["I", "II"])
+def test_fractional_ou_has_finite_derivatives_at_any_rate(kind):
+    hurst, theta = (x.ravel() for x in np.meshgrid(np.float32(HURSTS), np.float32([0.0, 1e-3, 1.0, 1e3, 1e8])))
+    for s in (np.float32(1.0), np.float32(0.01)):
+        both = jax.jit(jax.vmap(jax.grad(lambda h, q, s=s: gn.fou_covariance(h, s, 1.0, q, kind=kind), argnums=(0, 1))))
+        assert all(np.isfinite(d).all() for d in both(hurst, theta))

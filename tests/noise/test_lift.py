@@ -40,6 +40,62 @@ def test_small_index_figures_of_the_default():
             assert error(gn.ma_fbm(), hurst) < wanted
 
 
+def test_default_holds_down_to_the_end_of_the_range():
+    """What is faster than any speed of the history's quadrature is most of the variance there."""
+    with jax.enable_x64(True):
+        for hurst in (0.01, 0.015, 0.02, 0.03, 0.05, 0.07):
+            assert error(gn.ma_fbm(), hurst) < 4e-3
+            assert error(gn.ma_fbm(5, 0.05, 1e3), hurst) < 0.012
+            assert error(gn.ma_fbm(kind="II"), hurst, "II") < 0.026
+            assert abs(float(gn.ma_fbm().covariance(hurst, 1.0, 1.0)) - 1) < 5e-3
+
+
+def divergence(lift, hurst):
+    """Kullback-Leibler divergence from exact to lifted, of 20 points observed with noise of sd .1."""
+    t = np.arange(1, 21) / 20
+    exact = np.asarray(gn.fbm_covariance(hurst, t[:, None], t[None])) + 0.01 * np.eye(20)
+    lifted = np.asarray(lift.covariance(hurst, t[:, None], t[None])) + 0.01 * np.eye(20)
+    log_dets = np.linalg.slogdet(lifted)[1] - np.linalg.slogdet(exact)[1]
+    return (np.trace(np.linalg.solve(lifted, exact)) - 20 + log_dets) / 2
+
+
+@pytest.mark.parametrize(
+    ("lift", "split"),
+    [
+        # the largest values that round to the printed figures of the lift with its own history
+        (gn.ma_fbm(5, 0.05, 20.0), (6.005, 1.305, 0.01095, 0.00145, 0.00205, 0.00025, 0.000065)),
+        (gn.ma_fbm(5, 0.05, 1e3), (1.895, 0.2535, 0.00235, 0.00045, 0.00085, 0.00025, 0.000085)),
+        (gn.ma_fbm(), (0.9375, 0.08085, 0.000065, 0.000015, 0.000025, 5.5e-6, 5e-6)),
+    ],
+)
+def test_divergence_of_noisy_points_is_no_worse_than_the_reference(lift, split):
+    with jax.enable_x64(True):
+        for hurst, bound in zip((0.05, 0.1, 0.3, 0.6, 0.7, 0.9, 0.95), split, strict=True):
+            assert 0 <= divergence(lift, hurst) < bound
+
+
+def test_divergence_of_the_published_lift():
+    published = {0.05: 7.95, 0.1: 1.88, 0.3: 0.0188, 0.6: 0.0075, 0.7: 0.0209, 0.9: 0.219, 0.95: 0.769}
+    with jax.enable_x64(True):
+        for hurst, wanted in published.items():
+            np.testing.assert_allclose(divergence(gn.ma_fbm(5, 0.05, 20.0, "I-published"), hurst), wanted, rtol=0.01)
+
+
+def test_ends_of_the_range_in_float32():
+    lift = gn.ma_fbm()
+    with jax.enable_x64(True):
+        wide = {h: np.asarray(lift.covariance(h, 0.7, 1.0)) for h in (0.01, 0.99)}
+        lift.weights(jnp.asarray(np.float32(0.99), jnp.float64))  # rounded once, .99 lies 1e-8 outside
+    slope = jax.jit(jax.grad(lambda h: lift.covariance(h, 0.7, 1.0)))
+    for hurst, wanted in wide.items():
+        for given in (hurst, np.float32(hurst)):
+            assert np.isfinite(lift.weights(given)).all()
+            assert np.isfinite(lift.history(given)).all()
+            np.testing.assert_allclose(lift.covariance(given, 0.7, 1.0), wanted, rtol=1e-3)
+        assert np.isfinite(slope(hurst))
+    assert np.isnan(jax.jit(lift.weights)(0.995)).all()
+
+
 def test_published_weights(monkeypatch):
     monkeypatch.setattr(_tables, "_RIDGE", 0.0)  # the figures are of the plain solution
     gamma = _tables.grid(5, 1 / 20, 20)

@@ -30,6 +30,63 @@ def test_covariance_of_every_sampler(hurst, kind, method, ts):
     stats.assert_covariance(x, wanted)
 
 
+def whitened(x, hurst, ts, kind):
+    """Paths times the inverse of the exact factor: independent standard normals, small increments included."""
+    with jax.enable_x64(True):
+        cov = np.asarray(gn.fbm_covariance(hurst, ts[:, None], ts[None], kind))
+    return np.linalg.solve(np.linalg.cholesky(cov), np.asarray(x, np.float64).T).T
+
+
+LATE = np.arange(1, 301) / 300
+UNEVEN = np.sort(np.random.default_rng(0).uniform(0.1, 1.0, 200)).astype(np.float32)
+LONG = [("I", "davies_harte", LATE), ("I", "hosking", LATE), ("I", "cholesky", UNEVEN), ("II", "cholesky", UNEVEN)]
+
+
+@pytest.mark.parametrize("hurst", [0.1, 0.9])
+@pytest.mark.parametrize(("kind", "method", "ts"), LONG)
+def test_every_sampler_at_hundreds_of_times_in_float32(hurst, kind, method, ts):
+    x = draws(hurst, kind, method, ts, 400)
+    assert x.dtype == jnp.float32
+    white = whitened(x, hurst, np.asarray(ts, float), kind)
+    stats.assert_mean((white**2).reshape(-1), 1.0, detects=0.05)
+    stats.assert_mean((white[:, 1:] * white[:, :-1]).reshape(-1), 0.0, detects=0.05)
+
+
+@pytest.mark.parametrize(
+    ("hurst", "num", "kind", "method"),
+    [
+        (0.9, 500, "II", "cholesky"),
+        (0.8, 1_000, "I", "cholesky"),
+        (0.8, 1_000, "II", "cholesky"),
+        (0.95, 300, "I", "cholesky"),
+        (1 - 1e-6, 300, "I", "cholesky"),
+        (1 - 1e-6, 300, "I", "hosking"),
+    ],
+)
+def test_known_times_never_give_nan(hurst, num, kind, method):
+    path = gn.fbm(hurst, np.arange(1, num + 1) / num, kind=kind, method=method, key=jr.key(0))
+    assert path.dtype == jnp.float32
+    assert np.isfinite(path).all()
+
+
+@pytest.mark.key_reuse  # the same key twice, on purpose
+def test_methods_agree_on_one_path_and_with_a_traced_index():
+    """The factor of a covariance is unique, so prediction from the past and Cholesky turn equal noise into one path."""
+    key = jr.key(5)
+    for hurst in (0.2, 0.95):
+        path = gn.fbm(hurst, LATE, method="cholesky", key=key)
+        predicted = gn.fbm(hurst, LATE, method="hosking", key=key)
+        traced = jax.jit(lambda h: gn.fbm(h, LATE, method="cholesky", key=key))(hurst)
+        np.testing.assert_allclose(predicted, path, atol=2e-4)
+        np.testing.assert_allclose(traced, path, atol=2e-4)
+
+
+@pytest.mark.parametrize("method", ["davies_harte", "hosking", "cholesky"])
+def test_a_traced_index_outside_the_interval_gives_nan(method):
+    path = jax.jit(lambda h: gn.fbm(h, TS, method=method, key=jr.key(0)))(1.5)
+    assert not np.isfinite(path[1:]).any()
+
+
 def test_a_wrong_index_is_caught():
     x = draws(0.7, "I", "davies_harte", TS, 20_000)
     with pytest.raises(AssertionError):

@@ -1,4 +1,4 @@
-"""The bridge table again, with a guide of networks alone, trained from nothing: all twelve cells in one program."""
+"""The bridge table again, with trained neural guides: all twelve cells in one program."""
 
 import time
 
@@ -21,7 +21,7 @@ BRIDGES = {
     2.0: (0.548192, 0.491097, 0.427363, 0.290275),
 }
 END = gs.Observed(np.array([2.0]), np.array([0.0]), gs.GaussianNoise(0.1))
-NUM_STEPS, CHUNK = 12_000, 250
+CHUNK = 250
 
 
 def model(p):
@@ -31,13 +31,18 @@ def model(p):
 
 @pytest.mark.long
 @pytest.mark.key_reuse  # the cells share their draws
-def test_bridge_table_by_networks_alone():
-    """Spread at time 1 within 1 %, with weights (beyond Monte Carlo error) and without; after a minute of training."""
+@pytest.mark.parametrize(("linear", "num_steps", "bar"), [(True, 2_000, 0.01), (False, 12_000, 0.015)])
+def test_bridge_table_by_neural_guides(linear, num_steps, bar):
+    """Spread at time 1 within 1 % by the guide that starts at the exact control, as drawn, after training.
+
+    Networks alone, trained from nothing: within 1.5 % as drawn, within 1 % beyond Monte Carlo error once weighted.
+    """
     cells = jnp.array([(theta, hurst) for theta in BRIDGES for hurst in HURSTS])
-    guide = gs.NeuralGuide(model(jnp.array([1.0, 0.7])), END, width=32, linear=False, key=jr.key(0))
     trained = lambda x: isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.inexact)
-    params, rest = eqx.partition(guide, trained)
-    optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, NUM_STEPS))
+    guide = lambda cell: gs.NeuralGuide(model(cell), END, width=32, linear=linear, steps_per_interval=16, key=jr.key(0))
+    parts, rest = zip(*(eqx.partition(guide(cell), trained) for cell in cells), strict=True)
+    params, rest = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts), rest[0]
+    optimizer = optax.adam(optax.cosine_decay_schedule(1e-3 if linear else 1e-2, num_steps))
 
     def update(params, state, cell, key):
         loss = lambda p: (
@@ -66,8 +71,8 @@ def test_bridge_table_by_networks_alone():
         return jax.lax.map(lambda a: jax.vmap(lambda k: path(*a, k))(keys), (params, cells))
 
     began = time.process_time()
-    params, state = jax.vmap(lambda _: (params, optimizer.init(params)))(cells)
-    for i in range(NUM_STEPS // CHUNK):
+    state = jax.vmap(optimizer.init)(params)
+    for i in range(num_steps // CHUNK):
         params, state = chunk(params, state, jnp.asarray(i * CHUNK))
     jax.block_until_ready(params)
     seconds = time.process_time() - began
@@ -80,5 +85,5 @@ def test_bridge_table_by_networks_alone():
     off, raw = np.abs(spread / wanted - 1), np.abs(draws.std(axis=1) / wanted - 1)
     found = f"{np.round(off, 4)} with errors {np.round(noise, 4)}; without weights {np.round(raw, 4)}; {seconds:.0f} s"
     print(found)  # noqa: T201 (shown by -s)
-    assert (raw < 0.01).all(), found  # its Monte Carlo error is a quarter of that
+    assert (raw < bar).all(), found  # its Monte Carlo error is .0025
     assert (off < 0.01 + 2 * noise).all(), found

@@ -14,6 +14,7 @@ import stats
 
 import genkit.noise as gn
 import genkit.sde as gs
+from genkit.sde._start import cut
 
 
 CHEAP = gn.ma_fbm(5, 0.05, 1e3)
@@ -129,6 +130,118 @@ def test_a_hundred_thousand_steps_in_constant_memory():
     per_path = [(memory(num, 34, run=num == 100_000) - memory(num, 2)) / 32 for num in (100_000, 200_000)]
     assert 0 < per_path[1] <= 1.01 * per_path[0]
     assert per_path[0] < 100_000  # bytes: 250 steps of noise take about 20,000, all of them more than two million
+
+
+@pytest.mark.slow
+def test_gradients_keep_the_states_between_blocks_alone():
+    """Backward memory of a path grows with the root of the number of steps: states between blocks, and one block."""
+
+    def memory(num, batch):
+        end = lambda rate, k: gs.simulate(ou(rate), np.array([1.0]), max_step=1 / num, key=k).x[0, 0]
+        slopes = jax.jit(jax.vmap(jax.grad(end), (None, 0)))
+        analysis = slopes.lower(1.0, jr.split(jr.key(0), batch)).compile().memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes
+
+    per_path = [(memory(num, 34) - memory(num, 2)) / 32 for num in (4_096, 65_536)]
+    assert 0 < per_path[1] < 1.1 * 4 * per_path[0]  # 16 times as many steps
+    assert per_path[1] < 65_536  # not even a byte a step, where the states alone would take 24
+
+
+# The start: a law with bounds, observations at time 0.
+
+BOUNDED = {
+    "Uniform": (dist.Uniform(jnp.array([-1.0]), 1.0), (-1, 1), lambda x: 0.5 + 0 * x),
+    "HalfNormal": (dist.HalfNormal(1.0), (0, 12), lambda x: np.sqrt(2 / np.pi) * np.exp(-(x**2) / 2)),
+    "Exponential": (dist.Exponential(1.0), (0, 40), lambda x: np.exp(-x)),
+    "LogNormal": (
+        dist.LogNormal(0.0, 1.0),
+        (1e-9, 60),
+        lambda x: np.exp(-(np.log(x) ** 2) / 2) / (x * np.sqrt(2 * np.pi)),
+    ),
+    "Gamma": (dist.Gamma(2.0), (0, 60), lambda x: x * np.exp(-x)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "seen"),
+    [
+        ("Uniform", 1.5),
+        *(pytest.param(name, seen, marks=pytest.mark.slow) for name in BOUNDED for seen in (0.2, -2.0)),
+        *(pytest.param(name, 1.5, marks=pytest.mark.slow) for name in BOUNDED if name != "Uniform"),
+    ],
+)
+def test_a_start_with_bounds_stays_inside_and_weighs_the_evidence(name, seen):
+    law, (lo, hi), density = BOUNDED[name]
+    noise, num = gs.GaussianNoise(0.3), 20_000
+    sde = gs.FractionalSDE(lambda t, x: 0 * x, gs.Constant(0.5), gn.brownian(), 0.5, 1.0, x0=law)
+    observed = gs.Observed(np.array([1.0]), np.array([seen]), noise)
+    guide = gs.LinearGuide(sde, observed)
+    out = gs.forecast(sde, guide, observed, np.array([0.0, 1.0]), num_paths=num, key=jr.key(0))
+    assert lo <= float(out.x[:, 0].min()) <= float(out.x[:, 0].max()) <= hi
+    assert float(out.ess) > 0.6 * num
+    grid, var = np.linspace(lo, hi, 1_000_001), 0.5**2 + 0.3**2
+    joint = density(grid) * np.exp(-((seen - grid) ** 2) / (2 * var)) / np.sqrt(2 * np.pi * var)
+    evidence = np.trapezoid(joint, grid)
+    draws = gs.log_weights(sde, guide, observed, num_particles=num, key=jr.key(1))
+    stats.assert_mean(jnp.exp(draws) / evidence, 1.0)
+    assert float(draws.mean()) < np.log(evidence)
+    weight = jnp.exp(out.log_weight) * num
+    posterior = np.trapezoid(grid * joint, grid) / evidence
+    stats.assert_mean(weight * (out.x[:, 0, 0] - posterior), 0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+def test_the_cut_of_a_normal_is_its_truncation():
+    """Quantiles and slopes against differences, for bounds near and far on either side."""
+    inf = np.inf
+    lower, upper = jnp.array([-inf, 0.0, -inf, -1.0, 3.0, -9.0]), jnp.array([inf, inf, 1.0, 1.0, inf, -8.0])
+    mean, sd = jnp.full(6, 0.3), jnp.full(6, 0.7)
+    t = jnp.linspace(-4, 4, 17)[:, None]
+    x, log_slope = jax.vmap(lambda t: cut(mean + sd * t, mean, sd, lower, upper))(t)
+    slope = jax.vmap(jax.jacfwd(lambda t: cut(mean + sd * t, mean, sd, lower, upper)[0]))(t)[..., 0]
+    np.testing.assert_allclose(x[:, 0], mean[0] + sd[0] * t[:, 0], atol=1e-9)
+    assert bool(((x > lower) & (x < upper)).all())
+    np.testing.assert_allclose(jnp.log(slope / sd), log_slope, atol=1e-6)
+    law = dist.TruncatedNormal(0.3, 0.7, low=-1.0, high=1.0)
+    np.testing.assert_allclose(law.cdf(x[:, 3]), jax.scipy.stats.norm.cdf(t[:, 0]), atol=1e-9)
+    slopes = jax.jacfwd(lambda m, s: cut(mean + sd, m, s, lower, upper)[0], argnums=(0, 1))(mean, sd)
+    assert all(bool(jnp.isfinite(s).all()) for s in slopes)
+
+
+@pytest.mark.parametrize("lift", [gn.brownian(), pytest.param(CHEAP, marks=pytest.mark.slow)])
+def test_evidence_of_time_zero_alone(lift):
+    observed = gs.Observed(np.array([0.0]), np.array([0.1]), gs.GaussianNoise(0.1))
+    for x0, mean, sd in ((0.0, 0.0, 0.1), (dist.Normal(jnp.array([0.2]), 0.5), 0.2, np.hypot(0.5, 0.1))):
+        wanted = jax.scipy.stats.norm.logpdf(0.1, mean, sd)
+        np.testing.assert_allclose(gs.kalman(ou(hurst=0.5, lift=lift, x0=x0), observed), wanted, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", ["path_mean", "exact"])
+def test_guides_of_time_zero_alone(step):
+    observed = gs.Observed(np.array([0.0]), np.array([0.1]), gs.GaussianNoise(0.1))
+    sde = ou(step=step, x0=dist.Normal(jnp.array([0.2]), 0.5))
+    wanted = jax.scipy.stats.norm.logpdf(0.1, 0.2, np.hypot(0.5, 0.1))
+    for guide in (gs.LinearGuide(sde, observed), gs.NeuralGuide(sde, observed, width=4, key=jr.key(0))):
+        np.testing.assert_allclose(gs.elbo(sde, guide, observed, key=jr.key(1)), wanted, rtol=1e-5)
+    out = gs.forecast(sde, gs.LinearGuide(sde, observed), observed, np.array([0.0, 1.0]), num_paths=500, key=jr.key(2))
+    assert abs(float(out.mean[0, 0]) - (0.1 / 0.01 + 0.2 / 0.25) / (1 / 0.01 + 1 / 0.25)) < 5 * 0.1 / np.sqrt(500)
+
+
+@pytest.mark.slow
+@pytest.mark.key_reuse  # diffrax's VirtualBrownianTree consumes its key twice
+def test_diffrax_terms_of_a_traced_model():
+    sde = ou(lift=gn.ma_fbm(2, 0.1, 10.0))
+
+    def end(sde, key):
+        terms, y0 = gs.as_terms(sde, key=key)
+        out = diffrax.diffeqsolve(terms, diffrax.Heun(), 0.0, 1.0, 1 / 20, y0)
+        assert out.ys is not None
+        return out.ys[0]
+
+    np.testing.assert_allclose(eqx.filter_jit(end)(sde, jr.key(0)), end(sde, jr.key(0)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.long

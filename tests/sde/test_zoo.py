@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import genkit as gk
+import genkit.io._sde_plots
 
 
 ROOT = Path(__file__).parents[2]
@@ -127,6 +128,19 @@ def test_nile_of_the_zoo_under_its_sampler():
     assert samples["hurst"].shape == (1, 2)
     assert samples["withheld"].shape == (1, 2, 4)
     assert all(bool(np.isfinite(v).all()) for v in samples.values())
+
+
+def test_pictures_of_weighted_paths(tmp_path):
+    """Paths without weight leave no trace; a count of weights that does not fit is refused."""
+    rng, ts = np.random.default_rng(0), np.arange(5.0)
+    x = np.cumsum(rng.normal(size=(20, 5)), axis=1)
+    twice, log_weight = np.concatenate([x, x + 100]), np.concatenate([np.zeros(20), np.full(20, -1e3)])
+    indices = genkit.io._sde_plots._representatives(log_weight, 40)
+    assert sorted(indices) == sorted([*range(20)] * 2)
+    gk.io.plot_paths(tmp_path / "weighted.png", ts, twice, log_weight=log_weight)
+    assert matplotlib.image.imread(tmp_path / "weighted.png")[..., :3].std() > 0.01
+    with pytest.raises(ValueError, match="`log_weight` must be of shape"):
+        gk.io.plot_paths(tmp_path / "none.png", ts, twice, log_weight=np.zeros(3))
 
 
 def test_pictures(tmp_path):
