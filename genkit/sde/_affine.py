@@ -36,7 +36,8 @@ def check_affine(sde: FractionalSDE, *, uncoupled: bool = False, constant: bool 
     if uncoupled and is_concrete(coupling):
         got = f"a coupling of {float(coupling):.3g} over the horizon"
         check(float(coupling) <= 1e-6, "drift", "uncoupled under step='exact'", got, hint)
-    return jnp.all(jnp.stack(found) <= 1e-4)
+    passed = jnp.all(jnp.stack(found) <= 1e-4)
+    return passed & (coupling <= 1e-6) if uncoupled else passed
 
 
 @eqx.filter_jit

@@ -58,11 +58,12 @@ def make_run(sde: FractionalSDE, grid: Grid, noises: Noises) -> Run:
 
 def prepare(sde: FractionalSDE, guide: AbstractGuide | None, grid: Grid) -> tuple[Noises, Plan | None]:
     """What is done on the host before anything is compiled: checks, tables, a look at the guide's own plan."""
-    if sde.step == "exact":
-        check_affine(sde, uncoupled=True)
+    affine = check_affine(sde, uncoupled=True) if sde.step == "exact" else True
     if guide is not None:
         sde.start()  # its errors name the law of x0
     noises = make_table(sde, grid)
+    if not is_concrete(affine):  # inside jit, where nothing can be refused, a wrong step makes no plausible path
+        noises = jax.tree.map(lambda x: jnp.where(affine, x, jnp.nan), noises)
     return noises, None if guide is None else guide.prepared_for(grid, noises)
 
 

@@ -115,6 +115,17 @@ def test_inside_jit_what_no_filter_takes_is_nan():
     assert np.isfinite(values(2.0)).tolist() == [True, True, False, False, False, False]
 
 
+@pytest.mark.slow
+def test_inside_jit_an_exact_step_of_what_is_not_affine_is_nan():
+    @jax.jit
+    def ends(rate):
+        drifts = (lambda t, x: -rate * x, lambda t, x: -rate * x**3, lambda t, x: -rate * (x + x[::-1]))
+        sdes = (model(drift, x0=np.ones(2), step="exact") for drift in drifts)
+        return [gs.simulate(sde, np.array([0.5, 1.0]), key=jr.key(0)).x for sde in sdes]
+
+    assert [bool(np.isfinite(x).all()) for x in ends(2.0)] == [True, False, False]
+
+
 def test_evidence_of_the_process_of_known_numbers_is_exact_in_float32():
     """Hundreds of points of a smooth process: float32 would be off by nats."""
     ts = np.arange(1, 401) / 400
