@@ -48,6 +48,14 @@ def as_floats(*values: ArrayLike) -> tuple[Array, ...]:
     return tuple(jnp.broadcast_arrays(*(jnp.asarray(v, dtype) for v in values)))
 
 
+def check_pair(hurst: ArrayLike, s: ArrayLike, t: ArrayLike, kind: str) -> None:
+    """Refuse what no covariance takes."""
+    check_choice("kind", kind, KINDS)
+    check_interval("hurst", hurst, 0, 1, open_lo=True, open_hi=True)
+    check_interval("s", s, 0)
+    check_interval("t", t, 0)
+
+
 def fbm_covariance(hurst: ArrayLike, s: ArrayLike, t: ArrayLike, kind: str = "I") -> Float[Array, " *shape"]:
     r"""Covariance of unit-variance fractional Brownian motion, elementwise over broadcast arguments.
 
@@ -75,10 +83,7 @@ def fbm_covariance(hurst: ArrayLike, s: ArrayLike, t: ArrayLike, kind: str = "I"
     Source: Mandelbrot and Van Ness, "Fractional Brownian motions, fractional noises and applications", 1968;
     Marinucci and Robinson, "Alternative forms of fractional Brownian motion", 1999.
     """
-    check_choice("kind", kind, KINDS)
-    check_interval("hurst", hurst, 0, 1, open_lo=True, open_hi=True)
-    check_interval("s", s, 0)
-    check_interval("t", t, 0)
+    check_pair(hurst, s, t, kind)
     h, s, t = as_floats(hurst, s, t)
     h = valid_index(h)
     if kind == "I":

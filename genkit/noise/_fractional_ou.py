@@ -9,9 +9,9 @@ from jax.scipy.special import gammaln
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from genkit._core._checks import check_choice, check_interval, check_positive
+from genkit._core._checks import check_interval, check_positive
 
-from ._covariance import KINDS, as_floats, valid_index
+from ._covariance import as_floats, check_pair, valid_index
 
 
 _CUT = 40.0  # exp(-40) is below rounding in float64: integrals against exp(-theta w) stop at theta w = 40
@@ -110,10 +110,7 @@ def fou_covariance(
     Source: kind I is the formula of Cheridito, Kawaguchi and Maejima, "Fractional Ornstein-Uhlenbeck processes",
     2003, for a start at 0 (the reduction to single integrals was derived for this library).
     """
-    check_choice("kind", kind, KINDS)
-    check_interval("hurst", hurst, 0, 1, open_lo=True, open_hi=True)
-    check_interval("s", s, 0)
-    check_interval("t", t, 0)
+    check_pair(hurst, s, t, kind)
     h, s, t, theta, sigma = as_floats(hurst, s, t, theta, sigma)
     h = valid_index(h)
     lo, hi = jnp.minimum(s, t), jnp.maximum(s, t)

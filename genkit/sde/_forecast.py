@@ -111,18 +111,19 @@ def forecast(
         hint = "Every path is impossible under the likelihood: check it, the model, or take more paths."
         raise NonFiniteError(f"`observed` must have a positive density at some path; got none of {num_paths}. {hint}")
     log_weight = jax.nn.log_softmax(values)
-    ess = 1 / jnp.sum(jnp.exp(2 * log_weight))
+    x = paths.x[:, rows]
+    weight = jnp.exp(log_weight)[:, None, None]
+    tail = (1 - level) / 2
+    lower, upper = (weighted_quantile(x, jnp.exp(log_weight), q) for q in (tail, 1 - tail))
+    result = Forecast(ts, jnp.sum(weight * x, axis=0), lower, upper, x, log_weight)
+    ess = result.ess
     if is_concrete(ess) and float(ess) < 0.05 * num_paths:
         warnings.warn(
             f"The weights leave {float(ess):.1f} effective paths of {num_paths}: the guide misses the posterior. Train "
             "it further, or take more paths or more `num_iterations` of LinearGuide.",
             stacklevel=2,
         )
-    x = paths.x[:, rows]
-    weight = jnp.exp(log_weight)[:, None, None]
-    tail = (1 - level) / 2
-    lower, upper = (weighted_quantile(x, jnp.exp(log_weight), q) for q in (tail, 1 - tail))
-    return Forecast(ts, jnp.sum(weight * x, axis=0), lower, upper, x, log_weight)
+    return result
 
 
 def weighted_quantile(x: Float[Array, " n *shape"], weight: Float[Array, " n"], q: float) -> Float[Array, " *shape"]:

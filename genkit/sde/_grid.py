@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from genkit._core._checks import check, check_count, check_positive, is_concrete
 from genkit.noise import Lift
+from genkit.noise._tables import HURST_RANGE
 
 from ._model import FractionalSDE
 from ._observed import check_times
@@ -120,7 +121,7 @@ def _check_hurst(sde: FractionalSDE, grid: Grid) -> None:
     values = jax.vmap(sde.hurst_at)(jnp.asarray(times, sde.dtype))
     if is_concrete(values):
         rows = np.asarray(values).reshape(times.size, -1)
-        (lo, hi), slack = sde.hurst_range, 1e-6
+        (lo, hi), slack = HURST_RANGE, 1e-6
         bad = ~((rows >= lo - slack) & (rows <= hi + slack)).all(axis=1)
         first = times == times[bad].min(initial=np.inf)
         got = f"{rows[first][:1].squeeze()} at t = {times[first][:1].squeeze():.6g}" if bad.any() else ""

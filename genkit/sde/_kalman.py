@@ -63,13 +63,10 @@ def kalman(sde: FractionalSDE, observed: Observed, *, steps_per_interval: int | 
     step = "path_mean" if step == "exact" and steps_per_interval is not None else step
     model = with_step(sde, step)
     grid = make_grid(model, observed.ts, None, steps_per_interval, "observed.ts")
-    if coupled:
-        # A tiny step, composed with itself that many times, is exact to rounding.
-        doublings = 20
-        shrink = lambda v: v / 2**doublings
-        grid = dataclasses.replace(grid, h=shrink(grid.h), distinct=shrink(grid.distinct))
-    else:
-        doublings = 0
+    # A tiny step, composed with itself that many times, is exact to rounding.
+    doublings = 20 if coupled else 0
+    shrink = lambda v: v / 2**doublings
+    grid = dataclasses.replace(grid, h=shrink(grid.h), distinct=shrink(grid.distinct))
     value = _evidence(model, observed, grid, make_table(model, grid), doublings)
     return jnp.where(affine, value, jnp.nan)
 

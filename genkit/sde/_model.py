@@ -176,7 +176,7 @@ class FractionalSDE(eqx.Module):
         check(value.ndim <= 1, "hurst", "a scalar or of shape (d,)", value)
         check_interval("hurst", value, 0, 1, open_lo=True, open_hi=True)
         self.lift.weights(value)
-        lo, hi = self.hurst_range
+        lo, hi = HURST_RANGE
         if self.lift.num_terms == 0:
             hint = "Brownian motion has no other; for fractional noise use lift=genkit.noise.ma_fbm()."
             check(not self.varying, "hurst", "0.5 with lift=brownian()", "a function of time", hint)
@@ -213,11 +213,6 @@ class FractionalSDE(eqx.Module):
     def has_law(self) -> bool:
         """Whether the initial state is drawn."""
         return isinstance(self.x0, dist.Distribution)
-
-    @property
-    def hurst_range(self) -> tuple[float, float]:
-        """The indices that the lift covers."""
-        return HURST_RANGE
 
     @property
     def varying(self) -> bool:
