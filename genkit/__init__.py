@@ -1,67 +1,106 @@
-"""genkit: probabilistic programming and generative modelling in one house."""
+"""genkit: generative and probabilistic modeling in JAX and Equinox."""
 
-import importlib
-import importlib.metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from . import io as io
-from ._core import (
-    AbstractSampler as AbstractSampler,
-    CorruptFileError as CorruptFileError,
-    Denoiser as Denoiser,
-    Draws as Draws,
-    Fitted as Fitted,
-    Guidance as Guidance,
-    Interrupted as Interrupted,
-    Measure as Measure,
-    NonFiniteError as NonFiniteError,
-    Objective as Objective,
-    Phase as Phase,
-    Posterior as Posterior,
-    Problem as Problem,
-    Recipe as Recipe,
-    Sampler as Sampler,
-    SaveError as SaveError,
-    Table as Table,
-    fit as fit,
-    infer as infer,
-    sample as sample,
-)
-from .io import DefinitionError as DefinitionError, load as load, save as save
+from genkit._core._lazy import attach as _attach
 
 
 if TYPE_CHECKING:
-    from . import (
+    from genkit import (
         bridge as bridge,
+        cli as cli,
         data as data,
         diffusion as diffusion,
         distill as distill,
+        distributions as distributions,
         divergence as divergence,
         guidance as guidance,
+        inference as inference,
+        io as io,
         mcmc as mcmc,
         nn as nn,
         noise as noise,
+        sampling as sampling,
         sde as sde,
+        storage as storage,
+        training as training,
         vi as vi,
     )
-    from .diffusion import Schedule as Schedule
-    from .divergence import FDivergence as FDivergence
+    from genkit._core._checks import NonFiniteError as NonFiniteError
+    from genkit.diffusion import Schedule as Schedule
+    from genkit.divergence import FDivergence as FDivergence
+    from genkit.inference import Measure as Measure, Posterior as Posterior, Problem as Problem, infer as infer
+    from genkit.io import DefinitionError as DefinitionError, load as load, save as save
+    from genkit.sampling import (
+        AbstractSampler as AbstractSampler,
+        Denoiser as Denoiser,
+        Draws as Draws,
+        Guidance as Guidance,
+        Sampler as Sampler,
+        Table as Table,
+        sample as sample,
+    )
+    from genkit.storage import CorruptFileError as CorruptFileError, SaveError as SaveError
+    from genkit.training import (
+        Fitted as Fitted,
+        Interrupted as Interrupted,
+        Objective as Objective,
+        Phase as Phase,
+        Recipe as Recipe,
+        fit as fit,
+    )
+
+    __version__: str
 
 
-__version__ = importlib.metadata.version("genkit-jax")
+# Every name is imported when it is first used: `import genkit` itself costs a few milliseconds.
+_SUBMODULES = (
+    "bridge",
+    "cli",
+    "data",
+    "diffusion",
+    "distill",
+    "distributions",
+    "divergence",
+    "guidance",
+    "inference",
+    "io",
+    "mcmc",
+    "nn",
+    "noise",
+    "sampling",
+    "sde",
+    "storage",
+    "training",
+    "vi",
+)
+_HOMES = {
+    "AbstractSampler": "genkit.sampling",
+    "CorruptFileError": "genkit.storage",
+    "DefinitionError": "genkit.io",
+    "Denoiser": "genkit.sampling",
+    "Draws": "genkit.sampling",
+    "FDivergence": "genkit.divergence",
+    "Fitted": "genkit.training",
+    "Guidance": "genkit.sampling",
+    "Interrupted": "genkit.training",
+    "Measure": "genkit.inference",
+    "NonFiniteError": "genkit._core._checks",
+    "Objective": "genkit.training",
+    "Phase": "genkit.training",
+    "Posterior": "genkit.inference",
+    "Problem": "genkit.inference",
+    "Recipe": "genkit.training",
+    "SaveError": "genkit.storage",
+    "Sampler": "genkit.sampling",
+    "Schedule": "genkit.diffusion",
+    "Table": "genkit.sampling",
+    "fit": "genkit.training",
+    "infer": "genkit.inference",
+    "load": "genkit.io",
+    "sample": "genkit.sampling",
+    "save": "genkit.io",
+    "__version__": "genkit._core._version",
+}
 
-# A room is imported when it is first named: `import genkit` costs little more than JAX itself.
-_ON_DEMAND = ("bridge", "data", "diffusion", "distill", "divergence", "guidance", "mcmc", "nn", "noise", "sde", "vi")
-_HOMES = {"FDivergence": "divergence", "Schedule": "diffusion"}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _ON_DEMAND:
-        return importlib.import_module(f"genkit.{name}")
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"genkit.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'genkit' has no attribute {name!r}; its rooms are {', '.join(_ON_DEMAND)}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_ON_DEMAND, *_HOMES})
+__getattr__, __dir__ = _attach(__name__, _HOMES, _SUBMODULES)

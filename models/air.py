@@ -17,7 +17,10 @@ import optax
 import genkit as gk
 
 
-SIZE, PATCH, STEPS, WHAT = 20, 8, 2, 8
+SIZE = 20
+PATCH = 8
+STEPS = 2
+WHAT = 8
 NOISE = 0.25
 
 
@@ -50,7 +53,8 @@ class AIR(eqx.Module):
 
     def model(self, image):
         """The picture as a sum of digits and noise."""
-        canvas, present = jnp.zeros((SIZE, SIZE)), jnp.array(True)
+        canvas = jnp.zeros((SIZE, SIZE))
+        present = jnp.array(True)
         for i in range(STEPS):
             present = present & (numpyro.sample(f"present{i}", dist.Bernoulli(0.5).mask(present)) == 1)
             where = numpyro.sample(f"where{i}", dist.Normal(jnp.zeros(2), 1.5).to_event(1).mask(present))
@@ -60,17 +64,18 @@ class AIR(eqx.Module):
 
     def guide(self, image):
         """Digits one after the other, each from what the earlier ones leave unexplained."""
-        rest, present = image, jnp.array(True)
+        rest = image
+        present = jnp.array(True)
         for i in range(STEPS):
             found = self.search(rest.reshape(-1))
             coin = dist.Bernoulli(logits=found[0]).mask(present)
             present = present & (numpyro.sample(f"present{i}", coin) == 1)
-            where_law = dist.Normal(found[1:3], jnp.exp(found[3:5] - 2.0))
-            where = numpyro.sample(f"where{i}", where_law.to_event(1).mask(present))
+            where_dist = dist.Normal(found[1:3], jnp.exp(found[3:5] - 2.0))
+            where = numpyro.sample(f"where{i}", where_dist.to_event(1).mask(present))
             rows, columns = placement(where)
             loc, log_scale = jnp.split(self.look((rows.T @ rest @ columns).reshape(-1)), 2)
-            what_law = dist.Normal(loc, jnp.exp(log_scale - 1.0))
-            what = numpyro.sample(f"what{i}", what_law.to_event(1).mask(present))
+            what_dist = dist.Normal(loc, jnp.exp(log_scale - 1.0))
+            what = numpyro.sample(f"what{i}", what_dist.to_event(1).mask(present))
             rest = rest - self.draw(present, where, what)
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import genkit as gk
 
 
-NUM_COMPONENTS, EPSILON = 16, 0.1
+NUM_COMPONENTS = 16
+EPSILON = 0.1
 
 digits = gk.data.digits()
 pixels = np.asarray(digits.x_train).reshape(-1, 64)

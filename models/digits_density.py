@@ -18,8 +18,10 @@ from sklearn.mixture import GaussianMixture
 import genkit as gk
 
 
-NUM_STEPS, LEVELS = 1_000, 17
-SIGMA_MIN, SIGMA_MAX = 0.003, 20.0
+NUM_STEPS = 1_000
+LEVELS = 17
+SIGMA_MIN = 0.003
+SIGMA_MAX = 20.0
 
 digits = gk.data.digits()
 ink = (8 * digits.x_train.reshape(-1, 64) + 8).astype("int32")
@@ -41,21 +43,28 @@ class Spread(eqx.Module):
 def pixel_levels(x, sigma):
     """Log-likelihood of every ink level and the mean within it, given noisy pixels; both `(64, 17)`."""
     low = jnp.arange(LEVELS) / LEVELS
-    high, middle = low + 1 / LEVELS, low + 0.5 / LEVELS
+    high = low + 1 / LEVELS
+    middle = low + 0.5 / LEVELS
     # Much noise against the width of a level: its middle tells.
     wide = sigma > 2 / LEVELS
     s = jnp.where(wide, 1 / LEVELS, sigma)
-    a, b = (low - x[:, None]) / s, (high - x[:, None]) / s
-    flip = a + b < 0
-    a, b = jnp.where(flip, -b, a), jnp.where(flip, -a, b)
-    upper, lower = jax.scipy.special.log_ndtr(-a), jax.scipy.special.log_ndtr(-b)
+    left = (low - x[:, None]) / s
+    right = (high - x[:, None]) / s
+    # Tail probabilities are accurate on the right: levels left of the pixel are mirrored.
+    flip = left + right < 0
+    a = jnp.where(flip, -right, left)
+    b = jnp.where(flip, -left, right)
+    upper = jax.scipy.special.log_ndtr(-a)
+    lower = jax.scipy.special.log_ndtr(-b)
     mass = upper + jnp.log1p(-jnp.exp(jnp.minimum(lower - upper, -1e-6)))
-    log_pdf = lambda z: -0.5 * z**2 - 0.5 * jnp.log(2 * jnp.pi)
-    shift = jnp.exp(log_pdf(a) - mass) - jnp.exp(log_pdf(b) - mass)
+    log_pdf_a = -0.5 * a**2 - 0.5 * jnp.log(2 * jnp.pi)
+    log_pdf_b = -0.5 * b**2 - 0.5 * jnp.log(2 * jnp.pi)
+    shift = jnp.exp(log_pdf_a - mass) - jnp.exp(log_pdf_b - mass)
     mean = jnp.clip(x[:, None] + s * jnp.where(flip, -shift, shift), low, high)
     t = jnp.where(wide, sigma, 2 / LEVELS)
     far = x[:, None] - middle
-    mass_wide, mean_wide = -0.5 * (far / t) ** 2, middle + far / (12 * (LEVELS * t) ** 2)
+    mass_wide = -0.5 * (far / t) ** 2
+    mean_wide = middle + far / (12 * (LEVELS * t) ** 2)
     return jnp.where(wide, mass_wide, mass), jnp.where(wide, jnp.clip(mean_wide, low, high), mean)
 
 
@@ -85,8 +94,9 @@ def build(key):
     fit = GaussianMixture(10, reg_covar=1e-6, random_state=0).fit(x)
     mixture = gk.diffusion.MixtureDenoiser(*(jnp.asarray(v) for v in (fit.weights_, fit.means_, fit.covariances_)))
     net = eqx.nn.MLP(64 * 2 + 16, 64 * LEVELS, 256, 2, jax.nn.silu, key=key_net)
-    last = lambda n: n.layers[-1].weight
-    return Inked(eqx.tree_at(last, net, 0.05 * last(net)), mixture)
+    # A small last layer: at first the mixture decides.
+    small = 0.05 * net.layers[-1].weight
+    return Inked(eqx.tree_at(lambda net: net.layers[-1].weight, net, small), mixture)
 
 
 recipe = gk.Recipe(

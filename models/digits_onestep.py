@@ -49,8 +49,8 @@ def phases(divergence=DIVERGENCE, num_steps=NUM_STEPS):
     """One cycle of training: critics three times, student once."""
     match = gk.distill.FDistill(divergence, gk.distill.DiscriminatorRatio(None), max_log_ratio=5.0)
     return gk.distill.cycle(
-        match + 0.3 * gk.distill.Regression(),
-        noise_law=NOISE,
+        match + 0.3 * gk.distill.PairRegression(),
+        noise_distribution=NOISE,
         latent_shape=(1, 8, 8),
         optimizer=optax.adam(optax.cosine_decay_schedule(3e-5, num_steps)),
         fake_optimizer=optax.adam(5e-4),

@@ -32,8 +32,8 @@ recipe = gk.Recipe(
     build=build,
     data=gk.distill.Conditions(jnp.arange(10), BATCH),
     phases=gk.distill.cycle(
-        gk.distill.Regression(),
-        noise_law=dist.Delta(0.0),  # regression compares clean draws alone
+        gk.distill.PairRegression(),
+        noise_distribution=dist.Delta(0.0),  # regression compares clean draws alone
         latent_shape=(1, 8, 8),
         optimizer=optax.adam(optax.cosine_decay_schedule(1e-3, NUM_STEPS)),
         batch_size=BATCH,

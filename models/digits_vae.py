@@ -1,6 +1,6 @@
 """A variational auto-encoder of 8 x 8 digits.
 
-What: 10 latent normals, 64 grey levels as binomial counts of 16, two-layer networks; the objective is the ELBO written
+What: 10 latent normals, 64 gray levels as binomial counts of 16, two-layer networks; the objective is the ELBO written
 as a program over model and guide, images in a plate.
 Source: Kingma & Welling, "Auto-Encoding Variational Bayes", ICLR 2014.
 Cost: 2000 steps about twenty seconds on two cores. Expected: an ELBO of about -110 nats per image at the end.
@@ -31,7 +31,7 @@ class VAE(eqx.Module):
         self.decoder = eqx.nn.MLP(LATENT, 64, 128, 1, jax.nn.leaky_relu, key=key_decoder)
 
     def model(self, counts):
-        """Latent codes and grey levels."""
+        """Latent codes and gray levels."""
         with numpyro.plate("image", counts.shape[0]):
             z = numpyro.sample("z", dist.Normal(jnp.zeros(LATENT), 1.0).to_event(1))
             logits = jax.vmap(self.decoder)(z)

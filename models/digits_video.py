@@ -1,7 +1,8 @@
 """Video of moving digits by a latent fractional SDE: what moves is four-dimensional, what is shown stands still.
 
 What: 8 x 8 digits bounce in a 12 x 12 frame for ten frames, with rough motion. Twelve coordinates: four follow a
-neural SDE with a learned Hurst index; eight have neither drift nor noise: their initial law carries the content.
+neural SDE with a learned Hurst index; eight have neither drift nor noise: their initial
+distribution carries the content.
 Source: Daems et al., "Variational Inference for SDEs Driven by Fractional Noise", ICLR 2024, section 5.3, made small.
 Cost: about a minute on one core.
 Expect: a bound per video of about 1,430. Still pictures cannot reach 162, the log-density of a video's mean frame.
@@ -18,7 +19,11 @@ import optax
 import genkit as gk
 
 
-NUM_FRAMES, SIDE, MOVING, CONTENT, NUM_STEPS = 10, 12, 4, 8, 6000
+NUM_FRAMES = 10
+SIDE = 12
+MOVING = 4
+CONTENT = 8
+NUM_STEPS = 6000
 ts = np.arange(1, NUM_FRAMES + 1) / NUM_FRAMES
 lift = gk.noise.ma_fbm(3, 0.1, 100.0)
 
@@ -59,7 +64,7 @@ def diffusion(t, x):
 
 
 class Decoder(eqx.Module):
-    """From the state to the law of a frame."""
+    """From the state to the distribution of a frame."""
 
     net: eqx.nn.MLP
 

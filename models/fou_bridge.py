@@ -28,7 +28,10 @@ class Bridge(eqx.Module):
 
     def paths(self, ts, num_paths, *, key):
         """Posterior paths, shape (num_paths, len(ts), 1)."""
-        simulate = lambda key: gk.sde.simulate(sde, ts, guide=self.guide, max_step=0.05, key=key).x
+
+        def simulate(key):
+            return gk.sde.simulate(sde, ts, guide=self.guide, max_step=0.05, key=key).x
+
         return jax.vmap(simulate)(jax.random.split(key, num_paths))
 
 

@@ -19,7 +19,9 @@ import optax
 import genkit as gk
 
 
-NUM_SERIES, NUM_TIMES, NUM_STEPS = 256, 20, 6000
+NUM_SERIES = 256
+NUM_TIMES = 20
+NUM_STEPS = 6000
 ts = np.arange(1, NUM_TIMES + 1) / NUM_TIMES
 lift = gk.noise.ma_fbm(5, 0.05, 1e3)
 
@@ -34,7 +36,10 @@ def series(key):
     key_start, key_path, key_error = jr.split(key, 3)
     start = jnp.array([0.0, 0.0, 25.0]) + 5.0 * jr.normal(key_start, (NUM_SERIES, 3))
     truth = gk.sde.FractionalSDE(lorenz, lambda t, x: 0.15 * x, gk.noise.brownian(), 0.5, 1.0, x0=jnp.zeros(3))
-    path = lambda key, x0: gk.sde.simulate(truth, ts, x0=x0, max_step=0.005, key=key).x
+
+    def path(key, x0):
+        return gk.sde.simulate(truth, ts, x0=x0, max_step=0.005, key=key).x
+
     x = jax.vmap(path)(jr.split(key_path, NUM_SERIES), start)
     x = (x - x.mean((0, 1))) / x.std((0, 1))
     return x + 0.01 * jr.normal(key_error, x.shape)
@@ -66,7 +71,7 @@ class Decoder(eqx.Module):
     log_error: jax.Array
 
     def __call__(self, x):
-        """Law of one observation."""
+        """Distribution of one observation."""
         return dist.Normal(x, jnp.exp(self.log_error))
 
 

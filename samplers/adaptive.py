@@ -13,5 +13,5 @@ import genkit as gk
 sampler = gk.Sampler(
     gk.diffusion.dpmpp(gk.diffusion.karras(36, 0.002, 80.0)),
     guidance=gk.guidance.adaptive(gk.guidance.cfg(2.0), 0.9995),
-    plan="compact",
+    skip="compact",
 )

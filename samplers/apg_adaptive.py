@@ -15,5 +15,5 @@ guided = gk.guidance.interval(gk.guidance.apg(4.0, norm_rms=0.15), 0.1, 20.0)
 sampler = gk.Sampler(
     gk.diffusion.dpmpp(gk.diffusion.karras(36, 0.002, 80.0)),
     guidance=gk.guidance.adaptive(guided, 0.99),
-    plan="compact",
+    skip="compact",
 )

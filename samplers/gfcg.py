@@ -41,5 +41,5 @@ classifier = discriminant(digits.x_train, digits.y_train)
 sampler = gk.Sampler(
     gk.diffusion.heun(gk.diffusion.karras(18, 0.002, 80.0)),
     guidance=gk.guidance.interval(gk.guidance.gfcg(classifier, 4.0, skip_below=0.05), 0.0, 2.0),
-    plan="compact",
+    skip="compact",
 )

@@ -6,4 +6,4 @@ import genkit as gk
 
 
 objective = functools.partial(gk.vi.iwelbo, num_particles=5)
-sampler = gk.vi.Fit("fullrank", objective=objective, num_steps=3000, num_samples=2000)
+sampler = gk.vi.Fit("full_rank", objective=objective, num_steps=3000, num_samples=2000)

@@ -9,4 +9,4 @@ Expect: what the student has learned; see `models/digits_onestep.py`.
 import genkit as gk
 
 
-sampler = gk.distill.Generate()
+sampler = gk.distill.StudentSampler()

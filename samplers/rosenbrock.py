@@ -11,5 +11,5 @@ import genkit as gk
 
 
 data_scale = float(gk.data.digits().x_train.std())
-grid = gk.diffusion.cosine(16, 0.02, 80.0, data_scale)
+grid = gk.diffusion.angle_uniform(16, 0.02, 80.0, data_scale)
 sampler = gk.Sampler(gk.diffusion.rosenbrock(grid, order=3, sigma_data=data_scale))

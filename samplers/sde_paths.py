@@ -1,6 +1,6 @@
 """Draw paths of a trained latent SDE.
 
-What: simulates the learned law of the latent path at 50 equal times, two steps between them.
+What: simulates the learned distribution of the latent path at 50 equal times, two steps between them.
 Source: the step of `gk.sde.FractionalSDE`.
 Cost: 200 drift calls a path.
 Expect: draws of shape (50, d), d latent coordinates.

@@ -3,4 +3,4 @@
 import genkit as gk
 
 
-sampler = gk.vi.Fit("meanfield", num_steps=4000, num_samples=2000, num_particles=8, stop=gk.vi.Plateau())
+sampler = gk.vi.Fit("mean_field", num_steps=4000, num_samples=2000, num_particles=8, stop=gk.vi.Plateau())

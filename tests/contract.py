@@ -21,7 +21,7 @@ class Case:
         zero_grad: all-zero gradients are fine.
         eager: whether to compare with the result without compilation (not for deep networks: every operation is
             compiled by itself then).
-        vmap: whether a stack of two modules may be vectorised.
+        vmap: whether a stack of two modules may be vectorized.
         dtype: whether floating results have the default dtype.
         rtol: what compilation may change.
     """

@@ -127,9 +127,9 @@ def assert_covariance(samples: Any, expected: Any, *, error: float = FAMILY_ERRO
     """
     x = _columns(samples)
     n, d = x.shape
-    centred = x - x.mean(axis=0)
+    centered = x - x.mean(axis=0)
     rows, cols = np.triu_indices(d)
-    products = centred[:, rows] * centred[:, cols] * (n / (n - 1))
+    products = centered[:, rows] * centered[:, cols] * (n / (n - 1))
     tolerance = stats.t.isf(error / (2 * len(rows)), n - 1) * products.std(axis=0, ddof=1) / np.sqrt(n)
     wanted = np.broadcast_to(np.asarray(expected, float), (d, d))[rows, cols]
     slack = 2 * np.abs(x).max() * _rounding(samples, x).max()
@@ -150,7 +150,7 @@ def assert_distribution(
 
     Args:
         samples: array `(n,)` or `(n, ...)`; each trailing index is one column, all of the same law.
-        cdf: the exact distribution function, vectorised.
+        cdf: the exact distribution function, vectorized.
         cdf_left: its left limit `P(X < x)`, needed where the law has atoms (for integers: `lambda x: cdf(x - 1)`).
         detects: the smallest Kolmogorov distance that matters.
         error: family error.

@@ -27,7 +27,7 @@ def switches():
 
 before = switches(), np.random.get_state(), random.getstate(), list(warnings.filters), jax.default_backend
 import genkit
-rooms = {name: getattr(genkit, name) for name in dir(genkit)}
+names = {name: getattr(genkit, name) for name in dir(genkit)}
 after = switches(), np.random.get_state(), random.getstate(), list(warnings.filters), jax.default_backend
 
 assert before[0] == after[0], "jax.config was changed"
@@ -56,18 +56,29 @@ def test_import_starts_no_backend():
         run(script)
 
 
-def test_rooms_are_imported_when_first_named():
+def test_names_are_imported_when_first_used():
     script = """
 import sys, genkit
-assert "genkit.sde" not in sys.modules and "sde" in dir(genkit)
+assert "jax" not in sys.modules and "genkit.sde" not in sys.modules and "sde" in dir(genkit)
 assert genkit.sde is sys.modules["genkit.sde"]
-try:
-    genkit.diffusoin
-except AttributeError as error:
-    print(error)
+for name in ("diffusoin", "qqq"):
+    try:
+        getattr(genkit, name)
+    except AttributeError as error:
+        print(error)
 """
-    message = run(script)
-    assert "no attribute 'diffusoin'" in message and "bridge, data" in message
+    near, far = run(script).splitlines()
+    assert near == "module 'genkit' has no attribute 'diffusoin'; did you mean `diffusion`?"
+    assert far.startswith("module 'genkit' has no attribute 'qqq'; it has ") and "bridge, cli, data" in far
+
+
+def test_only_public_names_are_shown():
+    import genkit
+
+    assert {"fit", "sample", "Denoiser", "vi"} <= set(dir(genkit))
+    assert not [name for name in dir(genkit) if name.startswith("_") or name in ("Any", "TYPE_CHECKING", "importlib")]
+    for name in dir(genkit):
+        assert getattr(genkit, name).__name__.removeprefix("genkit.") == name
 
 
 def test_the_package_is_typed_and_versioned():

@@ -1,6 +1,6 @@
 """API pages made from the public names themselves, Markdown in docstrings, and a check that no name is missing.
 
-A page per namespace is written before Sphinx reads its sources, so a new name or a new wing needs no edit here.
+A page per namespace is written before Sphinx reads its sources, so a new name or a new submodule needs no edit here.
 """
 
 import importlib

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
-from ._checks import check
+from genkit._core._checks import check
 
 
 def effective_sample_size(log_weights: Float[Array, " k"]) -> Float[Array, ""]:
@@ -18,7 +18,7 @@ def effective_sample_size(log_weights: Float[Array, " k"]) -> Float[Array, ""]:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from genkit._core import effective_sample_size
+        >>> from genkit.inference import effective_sample_size
         >>> float(effective_sample_size(jnp.log(jnp.array([1.0, 1.0, 0.0]))))
         2.0
     """
@@ -41,7 +41,7 @@ def systematic_resample(log_weights: Float[Array, " k"], *, key: Key[Array, ""])
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from genkit._core import systematic_resample
+        >>> from genkit.inference import systematic_resample
         >>> systematic_resample(jnp.log(jnp.array([0.5, 0.0, 0.5])), key=jax.random.key(0)).tolist()[0]
         0
 
@@ -59,7 +59,7 @@ def conditional_resample(
 
     Let systematic resampling place its comb at a uniform $V$ and its $k - 1$ shifts by $1/k$ (modulo 1), slot `slot`
     taking the point $V$ itself: then every slot has ancestor $m$ with probability $W_m$. This draws the other slots
-    from that law given that `slot` has ancestor `kept`, by drawing $V$ uniformly within the weight of `kept`.
+    from that distribution given that `slot` has ancestor `kept`, by drawing $V$ uniformly within the weight of `kept`.
 
     Args:
         log_weights: unnormalized log-weights `(k,)`; that of `kept` must not be `-inf`.
@@ -75,7 +75,7 @@ def conditional_resample(
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from genkit._core import conditional_resample
+        >>> from genkit.inference import conditional_resample
         >>> conditional_resample(jnp.zeros(4), 2, key=jax.random.key(0)).tolist()
         [2, 3, 0, 1]
 

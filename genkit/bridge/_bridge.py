@@ -1,7 +1,4 @@
-"""The bridge: static plan, dynamic law and drift as three views of one object."""
-
-import abc
-from typing import Any
+"""The bridge: plan, distribution of paths and drift as three views of one object."""
 
 import equinox as eqx
 import jax
@@ -11,58 +8,26 @@ import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array, ArrayLike, Float, Key, Real
 
-from genkit._core import Measure
-from genkit._core._checks import check, check_finite, check_interval, check_key, check_shape, is_concrete
+from genkit._core._checks import check, check_finite, check_key, check_shape, fail, is_concrete
 from genkit._core._fields import FROZEN
-from genkit._core._measure import as_measure
-
-from ._potential import MixturePotential
-from ._reference import AbstractReference, Brownian
-from ._scale import Zero
-
-
-def check_times(ts: Any, *, start: Any = 0.0, strict: bool = False) -> None:
-    """Refuse concrete times that do not increase within [start, 1]."""
-    check(np.ndim(ts) == 1 and np.shape(ts)[0] > 0, "ts", "a one-dimensional array of times", ts)
-    check_interval("start", start, 0.0, 1.0)
-    check_interval("ts", ts, 0.0, 1.0)
-    if is_concrete(ts) and is_concrete(start):
-        values = np.concatenate([[np.asarray(start, float)], np.asarray(ts, float)])
-        gaps = np.diff(values)
-        if strict:
-            check(bool((gaps[1:] > 0).all()), "ts", "strictly increasing", f"a smallest gap of {gaps[1:].min():.3g}")
-        else:
-            hint = "The state given to `sample` is that at `start`."
-            check(bool((gaps >= 0).all()), "ts", "non-decreasing from `start` on", f"a gap of {gaps.min():.3g}", hint)
+from genkit.bridge._abstract import AbstractExactBridge
+from genkit.bridge._distribution import BridgeDistribution
+from genkit.bridge._inputs import as_floats, check_points, check_times
+from genkit.bridge._potential import MixturePotential
+from genkit.bridge._reference import AbstractReference, Brownian
+from genkit.bridge._scales import Points
+from genkit.inference import Measure, as_measure
 
 
-class AbstractBridge(eqx.Module):
-    """A diffusion dX = drift(t, X) dt + sqrt(epsilon) dB on [0, 1] that carries one law to another."""
-
-    def __call__(self, t: Real[ArrayLike, " ..."], x: Float[ArrayLike, " *batch d"]) -> Float[Array, " ..."]:
-        """The drift: a bridge can be called like the field it is."""
-        return self.drift(t, x)
-
-    @abc.abstractmethod
-    def drift(self, t: Real[ArrayLike, " ..."], x: Float[ArrayLike, " *batch d"]) -> Float[Array, " ..."]:
-        """The drift at time `t` and state `x`; leading axes broadcast."""
-
-    @abc.abstractmethod
-    def sample(
-        self, x0: Float[ArrayLike, " *batch d"], ts: Real[ArrayLike, " n"], *, key: Key[Array, ""]
-    ) -> Float[Array, " *batch n d"]:
-        """Paths on the grid `ts` that start in `x0`."""
-
-
-class Bridge(AbstractBridge):
+class Bridge(AbstractExactBridge):
     r"""A Schrödinger bridge in closed form: the reference tilted by a `MixturePotential`.
 
     $$\frac{dP}{dW^{x_0}}(X) = \frac{\varphi(X_1, 1)}{\varphi(x_0, 0)}, \qquad
       dX = \epsilon\nabla\log\varphi(X_t, t)\,dt + \sqrt{\epsilon}\,dB_t .$$
 
-    The law given the start needs `potential` alone. What looks back in time (marginals, score, backward drift,
-    reverse) also needs the law at t = 0, held as the potential of the reverse bridge: `gaussian` and `mixture_pair`
-    know it, others get it from samples by `with_source`.
+    The distribution given the start needs `potential` alone. Methods that look back in time (marginals, score, backward
+    drift, reverse) also need the distribution at t = 0, held as the potential of the reverse bridge: `gaussian` and
+    `mixture_pair` know it, others get it from samples by `with_source`.
 
     Methods take leading batch axes on points and times; one key serves a whole batch.
 
@@ -71,7 +36,7 @@ class Bridge(AbstractBridge):
         reference: the reference process; by default the Brownian one with the epsilon of the potential.
         backward: the potential of the reverse bridge, on its own clock, normalized so that the marginal density
             is the product of the two.
-        source: samples of the law at t = 0, shape (n, d), for bridges that start in an empirical law.
+        source: samples of the distribution at t = 0, shape (n, d), for bridges that start in an empirical distribution.
 
     Example:
         >>> import jax, jax.numpy as jnp, genkit as gk
@@ -96,9 +61,15 @@ class Bridge(AbstractBridge):
         source: Float[Array, " n d"] | None = None,
     ):
         self.potential = potential
-        self.reference = Brownian(potential.epsilon) if reference is None else reference
+        if reference is None:
+            reference = Brownian(potential.epsilon)
+        self.reference = reference
         self.backward = backward
         self.source = source
+
+    @property
+    def start_samples(self) -> Float[Array, " n d"] | None:
+        return self.source
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -130,7 +101,7 @@ class Bridge(AbstractBridge):
         return self.potential.drift(x, t)
 
     def coupling(self, x0: Float[ArrayLike, " *batch d"]) -> dist.MixtureSameFamily:
-        """The plan given its start: the law of X1 given X0 = x0.
+        """The plan given its start: the distribution of X1 given X0 = x0.
 
         Args:
             x0: starting points, shape (..., d).
@@ -138,7 +109,7 @@ class Bridge(AbstractBridge):
         Returns:
             A numpyro mixture with batch shape (...) and event shape (d,).
         """
-        self._check_points("x0", x0)
+        check_points("x0", x0, self.dim)
         return self.potential.coupling(jnp.asarray(x0))
 
     def sample(
@@ -165,10 +136,11 @@ class Bridge(AbstractBridge):
         """
         check_key(key)
         check_times(ts, start=start)
-        self._check_points("x0", x0)
-        x0, ts = jnp.asarray(x0), jnp.asarray(ts)
+        check_points("x0", x0, self.dim)
+        x0 = as_floats(x0)[0]
+        ts = jnp.asarray(ts)
 
-        def one(x, key):
+        def one(x: Float[Array, " d"], key: Key[Array, ""]) -> Float[Array, " n d"]:
             key_end, key_path = jr.split(key)
             x1 = self.potential.sample_endpoint(x, start, key=key_end)
             return self.reference.bridge(x, x1, ts, start, key=key_path)
@@ -195,10 +167,10 @@ class Bridge(AbstractBridge):
         Returns:
             Shape (...).
         """
-        self._check_points("x", x)
-        self._check_points("y", y)
-        if is_concrete(s) and is_concrete(t):
-            check(bool(np.all(np.asarray(s) < np.asarray(t))), "s", "earlier than `t`", f"s = {s}, t = {t}")
+        check_points("x", x, self.dim)
+        check_points("y", y, self.dim)
+        if is_concrete(s) and is_concrete(t) and not np.all(np.asarray(s) < np.asarray(t)):
+            fail("s", "earlier than `t`", f"s = {s}, t = {t}")
         kernel = self.reference.log_kernel(s, jnp.asarray(x), t, jnp.asarray(y))
         return kernel + self.potential.log_value(y, t) - self.potential.log_value(x, s)
 
@@ -214,7 +186,9 @@ class Bridge(AbstractBridge):
         """
         check_times(ts, strict=True)
         check_shape("xs", xs, (*[None] * (np.ndim(xs) - 2), np.shape(ts)[0], self.dim), "One state per time.")
-        ts, xs = jnp.asarray(ts), jnp.asarray(xs)
+        check_finite("xs", xs)
+        ts = jnp.asarray(ts)
+        xs = jnp.asarray(xs)
         kernels = self.reference.log_kernel(ts[:-1], xs[..., :-1, :], ts[1:], xs[..., 1:, :])
         ends = self.potential.log_value(xs[..., -1, :], ts[-1]) - self.potential.log_value(xs[..., 0, :], ts[0])
         return jnp.sum(kernels, -1) + ends
@@ -229,37 +203,38 @@ class Bridge(AbstractBridge):
         Returns:
             A scalar in nats; lower is better.
         """
-        self._check_points("x0", x0)
-        self._check_points("x1", x1)
+        check_points("x0", x0, self.dim)
+        check_points("x1", x1, self.dim)
         return jnp.mean(self.potential.log_c(x0)) - jnp.mean(self.potential.log_v(x1))
 
     # --- backward: needs the source ------------------------------------------------------------------------------
 
     def with_source(self, source: Float[ArrayLike, " n d"]) -> "Bridge":
-        """The same bridge started in the empirical law of `source`, so that it can look back in time.
+        """The bridge started in the empirical distribution of `source`, so that it can look back in time.
 
         Args:
-            source: samples of the law at t = 0, shape (n, d).
+            source: samples of the distribution at t = 0, shape (n, d).
 
         Returns:
             A bridge with marginals, score, backward drift and reverse.
         """
-        self._check_points("source", source)
-        check_finite("source", source)
+        check_points("source", source, self.dim)
         points = jnp.asarray(source)
         check(points.ndim == 2, "source", "samples of shape (n, d)", points)
         return Bridge(self.potential, self.reference, self._empirical(points), points)
 
     def reverse(self, source: Float[ArrayLike, " n d"] | None = None) -> "Bridge":
-        """The same process run backward, as a bridge on its own clock: time t here is 1-t there.
+        """The process run backward, as a bridge on its own clock: time t here is 1-t there.
 
         Args:
-            source: samples of the law at t = 0, shape (n, d); not needed where the bridge knows its source.
+            source: samples of the distribution at t = 0, shape (n, d); not needed where the bridge knows its source.
 
         Returns:
-            The bridge from the law at t = 1 to that at t = 0.
+            The bridge from the distribution at t = 1 to that at t = 0.
         """
-        bridge = self if source is None else self.with_source(source)
+        bridge = self
+        if source is not None:
+            bridge = self.with_source(source)
         return Bridge(bridge._backward(), self.reference, bridge.potential)
 
     def marginal_log_prob(self, t: Real[ArrayLike, " ..."], x: Float[ArrayLike, " *batch d"]) -> Float[Array, " ..."]:
@@ -313,24 +288,24 @@ class Bridge(AbstractBridge):
     # --- in programs -------------------------------------------------------------------------------------------
 
     def as_distribution(self, source: dist.Distribution, ts: Real[ArrayLike, " n"] | None = None) -> dist.Distribution:
-        """The joint law of the path on a grid, by default of the end points (x0, x1), as a numpyro distribution.
+        """The joint numpyro distribution of the path on a grid, by default of the end points (x0, x1).
 
         Args:
-            source: the law of X0, event shape (d,).
+            source: the distribution of X0, event shape (d,).
             ts: strictly increasing times from 0 on, shape (n,); default (0, 1).
 
         Returns:
             A distribution over arrays of shape (n, d) with exact `log_prob`.
         """
-        from ._distribution import BridgeDistribution
-
-        return BridgeDistribution(self, source, jnp.array([0.0, 1.0]) if ts is None else ts)
+        if ts is None:
+            ts = jnp.array([0.0, 1.0])
+        return BridgeDistribution(self, source, ts)
 
     def as_measure(self, source: dist.Distribution, ts: Real[ArrayLike, " n"] | None = None) -> Measure:
-        """The same joint law as a `Measure`.
+        """The joint distribution as a `Measure`.
 
         Args:
-            source: the law of X0, event shape (d,).
+            source: the distribution of X0, event shape (d,).
             ts: strictly increasing times from 0 on, shape (n,); default (0, 1).
 
         Returns:
@@ -344,20 +319,17 @@ class Bridge(AbstractBridge):
         z = points - self.potential.center
         log_weights = -jnp.log(points.shape[0]) - self.potential.log_value(points, 0.0)
         gauge = jnp.sum(z * z, -1) / (2.0 * self.epsilon) + 0.5 * self.dim * jnp.log(2.0 * jnp.pi * self.epsilon)
-        return MixturePotential(
-            log_weights - gauge, z, Zero(jnp.zeros_like(log_weights)), self.epsilon, self.potential.center
-        )
+        scale = Points(jnp.zeros_like(log_weights))
+        return MixturePotential(log_weights - gauge, z, scale, self.epsilon, self.potential.center)
 
     def _backward(self) -> MixturePotential:
+        """The potential of the reverse bridge."""
         if self.backward is None and self.source is not None:
-            return self._empirical(self.source)  # the potential may have been trained since
+            # Made anew: the potential may have been trained since.
+            return self._empirical(self.source)
         if self.backward is None:
             raise ValueError(
-                "`source` must be given to look back in time: this bridge does not know its law at t = 0. "
+                "`source` must be given to look back in time: this bridge does not know its distribution at t = 0. "
                 "Use `bridge.with_source(x0)` or `bridge.reverse(x0)` with samples of it."
             )
         return self.backward
-
-    def _check_points(self, name: str, x: Any) -> None:
-        ndim = max(np.ndim(x), 1)
-        check_shape(name, x, (*[None] * (ndim - 1), self.dim), "The last axis is the space of the bridge.")

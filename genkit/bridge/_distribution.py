@@ -2,21 +2,22 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array, ArrayLike, Float, Key, Real
 from numpyro.distributions import constraints
 
-from genkit._core._checks import check, is_concrete
-
-from ._bridge import Bridge, check_times
+from genkit._core._checks import fail, is_concrete
+from genkit.bridge._abstract import AbstractExactBridge
+from genkit.bridge._inputs import check_times
 
 
 class BridgeDistribution(dist.Distribution):
-    """The law of a bridge path on a grid, started from `source`; by default of its end points.
+    """The distribution of a bridge path on a grid, started from `source`; by default of its end points.
 
     Args:
         bridge: the bridge.
-        source: the law of the state at time 0: a numpyro distribution with empty batch shape and event shape (d,).
+        source: numpyro distribution of the state at time 0, with empty batch shape and event shape (d,).
         ts: strictly increasing times, the first of them 0, shape (n,).
         validate_args: numpyro's switch for checking values against the support.
 
@@ -28,8 +29,8 @@ class BridgeDistribution(dist.Distribution):
         >>> from numpyro.distributions import Normal
         >>> bridge = gk.bridge.gaussian(jnp.zeros(2), jnp.ones(2), jnp.ones(2), jnp.ones(2), 0.5)
         >>> source = Normal(jnp.zeros(2), 1.0).to_event(1)
-        >>> law = gk.bridge.BridgeDistribution(bridge, source, jnp.array([0.0, 0.5, 1.0]))
-        >>> law.log_prob(law.sample(jax.random.key(0), (4,))).shape
+        >>> paths = gk.bridge.BridgeDistribution(bridge, source, jnp.array([0.0, 0.5, 1.0]))
+        >>> paths.log_prob(paths.sample(jax.random.key(0), (4,))).shape
         (4,)
     """
 
@@ -37,28 +38,26 @@ class BridgeDistribution(dist.Distribution):
 
     def __init__(
         self,
-        bridge: Bridge,
+        bridge: AbstractExactBridge,
         source: dist.Distribution,
         ts: Real[ArrayLike, " n"],
         *,
         validate_args: bool | None = None,
     ):
-        check(
-            source.event_shape == (bridge.dim,) and source.batch_shape == (),
-            "source",
-            f"a law with batch shape () and event shape ({bridge.dim},)",
-            f"batch shape {source.batch_shape} and event shape {source.event_shape}",
-            "Use `.to_event(1)`.",
-        )
+        if source.event_shape != (bridge.dim,) or source.batch_shape != ():
+            expected = f"a distribution with batch shape () and event shape ({bridge.dim},)"
+            got = f"batch shape {source.batch_shape} and event shape {source.event_shape}"
+            fail("source", expected, got, "Use `.to_event(1)`.")
         check_times(ts, strict=True)
-        if is_concrete(ts):
-            check(float(jnp.asarray(ts)[0]) == 0.0, "ts", "a grid that starts at 0, where `source` holds", f"{ts}")
-        self.bridge, self.source, self.ts = bridge, source, jnp.asarray(ts)
+        if is_concrete(ts) and np.asarray(ts)[0] != 0.0:
+            fail("ts", "a grid that starts at 0, where `source` holds", f"{ts}")
+        self.bridge = bridge
+        self.source = source
+        self.ts = jnp.asarray(ts)
         super().__init__((), (self.ts.shape[0], bridge.dim), validate_args=validate_args)
 
     @property
-    def support(self):
-        """All real arrays of the event shape."""
+    def support(self) -> constraints.Constraint:
         return constraints.independent(constraints.real, 2)
 
     def sample(self, key: Key[Array, ""], sample_shape: tuple[int, ...] = ()) -> Float[Array, " ..."]:

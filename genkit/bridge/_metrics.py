@@ -1,4 +1,4 @@
-"""How far a fitted bridge is from a known one; conditionals in closed form, no sampling of end points."""
+"""Distances of a fitted bridge from a known one; conditionals in closed form, no sampling of end points."""
 
 import equinox as eqx
 import jax
@@ -7,10 +7,9 @@ import jax.random as jr
 from jaxtyping import Array, ArrayLike, Float, Key
 
 from genkit._core._checks import check_count, check_key, check_shape
-
-from ._bridge import Bridge
-from ._closed_form import _symmetric
-from ._potential import MixturePotential
+from genkit.bridge._bridge import Bridge
+from genkit.bridge._gaussian import symmetric_function
+from genkit.bridge._potential import MixturePotential
 
 
 def bw2_uvp(
@@ -42,7 +41,7 @@ def bw2_uvp(
     Source: Gushchin et al., "Building the bridge of Schrödinger", NeurIPS 2023, section 5.
     """
     mean, cov, true_mean, true_cov = (jnp.asarray(part) for part in (mean, cov, true_mean, true_cov))
-    root = _symmetric(lambda s: jnp.sqrt(jnp.maximum(s, 0.0)), cov)
+    root = symmetric_function(lambda s: jnp.sqrt(jnp.maximum(s, 0.0)), cov)
     cross = jnp.sum(jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(root @ true_cov @ root), 0.0)))
     distance = jnp.sum((mean - true_mean) ** 2) + jnp.trace(cov) + jnp.trace(true_cov) - 2.0 * cross
     return 100.0 * jnp.maximum(distance, 0.0) / variance
@@ -72,7 +71,7 @@ def conditional_moments(
 def cbw2_uvp(
     bridge: Bridge, truth: Bridge, x0: Float[ArrayLike, " n d"], x1: Float[ArrayLike, " m d"]
 ) -> Float[Array, ""]:
-    """cBW2-UVP: `bw2_uvp` between the conditional laws of X1 given x0, averaged over x0; both in closed form.
+    """cBW2-UVP: `bw2_uvp` between the conditional distributions of X1 given x0, averaged over x0; both in closed form.
 
     Args:
         bridge: the bridge under test.
@@ -96,8 +95,9 @@ def cbw2_uvp(
     check_shape("x1", x1, (None, bridge.dim))
     variance = jnp.sum(jnp.var(jnp.asarray(x1), 0))
 
-    def one(x):
-        ours, theirs = conditional_moments(bridge.potential, x), conditional_moments(truth.potential, x)
+    def one(x: Float[Array, " d"]) -> Float[Array, ""]:
+        ours = conditional_moments(bridge.potential, x)
+        theirs = conditional_moments(truth.potential, x)
         return bw2_uvp(*ours, *theirs, variance)
 
     return jnp.mean(jax.lax.map(one, jnp.asarray(x0), batch_size=64))
@@ -107,7 +107,7 @@ def cbw2_uvp(
 def plan_kl(
     truth: Bridge, bridge: Bridge, x0: Float[ArrayLike, " n d"], x1: Float[ArrayLike, " n d"]
 ) -> Float[Array, ""]:
-    """KL(truth || bridge) of the two plans, and so of the two path laws, from pairs of the true plan.
+    """KL(truth || bridge) of the two plans, and so of the two path distributions, from pairs of the true plan.
 
     Args:
         truth: the bridge that drew the pairs.
@@ -127,7 +127,10 @@ def plan_kl(
     """
     check_shape("x0", x0, (None, truth.dim))
     check_shape("x1", x1, jnp.shape(x0))
-    log_plan = lambda b: b.potential.log_value(x1, 1.0) - b.potential.log_value(x0, 0.0)
+
+    def log_plan(bridge: Bridge) -> Float[Array, " n"]:
+        return bridge.potential.log_value(x1, 1.0) - bridge.potential.log_value(x0, 0.0)
+
     return jnp.mean(log_plan(truth) - log_plan(bridge))
 
 
@@ -139,7 +142,9 @@ def path_kl(
     num_times: int = 32,
     key: Key[Array, ""],
 ) -> Float[Array, ""]:
-    r"""KL of the path laws as an energy of drifts: $\frac{1}{2\epsilon}\int_0^1 E|g^* - g|^2 dt$ along true paths.
+    r"""KL of the distributions of paths, as an energy of drifts along true paths.
+
+    $\frac{1}{2\epsilon}\int_0^1 E|g^* - g|^2 dt$.
 
     Equal in expectation to `plan_kl`: their agreement tests both. Exchange the bridges for the reverse divergence.
 
@@ -167,7 +172,9 @@ def path_kl(
 
 
 @eqx.filter_jit
-def _path_kl(truth, bridge, x0, num_times, key):
+def _path_kl(
+    truth: Bridge, bridge: Bridge, x0: Float[Array, " n d"], num_times: int, key: Key[Array, ""]
+) -> Float[Array, ""]:
     """The Monte Carlo estimate of `path_kl`, compiled."""
     key_time, key_path = jr.split(key)
     jitter = jr.uniform(key_time, (num_times,), x0.dtype)

@@ -1,19 +1,19 @@
-"""What a light bridge is fitted by: objectives, unpaired batches and an optimizer in natural units."""
-
-from typing import Any
+"""Objectives of bridges: the likelihood of light bridges, bridge matching, score and flow matching."""
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import optax
-from jaxtyping import Array, ArrayLike, Float, Key
+from jaxtyping import Array, Float, Key, PyTree
 
-from genkit._core import Objective
 from genkit._core._checks import check_interval
+from genkit.bridge._bridge import Bridge
+from genkit.bridge._potential import MixturePotential
+from genkit.training import Objective
 
-from ._bridge import Bridge
-from ._potential import MixturePotential
+
+# Both ends, and by-products of the coupling for the log.
+Batch = tuple[Array, ...]
 
 
 def light_loss(potential: MixturePotential, x0: Float[Array, " n d"], x1: Float[Array, " m d"]) -> Float[Array, ""]:
@@ -27,7 +27,10 @@ def light_loss(potential: MixturePotential, x0: Float[Array, " n d"], x1: Float[
     Returns:
         A scalar in nats.
     """
-    value = lambda x, t: jnp.mean(jax.vmap(lambda x: jax.nn.logsumexp(potential.terms(x, t)))(x))
+
+    def value(x: Float[Array, " n d"], t: float) -> Float[Array, ""]:
+        return jnp.mean(jax.vmap(lambda x: jax.nn.logsumexp(potential.terms(x, t)))(x))
+
     return value(x0, 0.0) - value(x1, 1.0) + light_constant(potential, x0, x1)
 
 
@@ -46,6 +49,13 @@ def light_constant(potential: MixturePotential, x0: Float[Array, " n d"], x1: Fl
     return tilt + 0.5 * potential.dim * jnp.log(2.0 * jnp.pi * potential.epsilon)
 
 
+def coupling_log(errors: list[Float[Array, ""]]) -> dict[str, Array]:
+    """The by-products of a batch for the log: the marginal error of the plan that coupled it, if there was one."""
+    if not errors:
+        return {}
+    return {"coupling_error": errors[0]}
+
+
 class LightObjective(Objective):
     """The light Schrödinger bridge objective on a batch `(x0, x1)` of unpaired samples, for `gk.fit`.
 
@@ -60,7 +70,9 @@ class LightObjective(Objective):
     Source: Korotin, Gushchin, Burnaev, "Light Schrödinger bridge", ICLR 2024, equation 8.
     """
 
-    def __call__(self, model: Bridge, batch: Any, *, key: Key[Array, ""]) -> tuple[Float[Array, ""], dict[str, Any]]:
+    def __call__(
+        self, model: Bridge, batch: Batch, *, key: Key[Array, ""]
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
         """The objective of `model`, a `Bridge`, on the batch.
 
         Args:
@@ -73,70 +85,6 @@ class LightObjective(Objective):
         """
         del key
         return light_loss(model.potential, *batch), {}
-
-
-class UnpairedBatches(eqx.Module):
-    """Independent batches of two sample sets, as the `data` of a recipe.
-
-    Args:
-        x0: samples of the source, shape (n, d).
-        x1: samples of the target, shape (m, d).
-        batch_size: points of each per batch; `None` takes all of both.
-        noise: standard deviation of normal noise added to every point drawn; `None` adds none.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, genkit as gk
-        >>> x0, x1 = gk.bridge.UnpairedBatches(jnp.zeros((10, 2)), jnp.ones((20, 2)), 4)(jax.random.key(0))
-        >>> x0.shape, x1.shape
-        ((4, 2), (4, 2))
-    """
-
-    x0: Float[Array, " n d"]
-    x1: Float[Array, " m d"]
-    batch_size: int | None = eqx.field(static=True)
-    noise: Float[Array, ""] | None = None
-
-    def __call__(self, key: Key[Array, ""]) -> tuple[Float[Array, " b d"], Float[Array, " b2 d"]]:
-        """Draw one batch with replacement.
-
-        Args:
-            key: typed PRNG key.
-
-        Returns:
-            Points of the source and of the target.
-        """
-        key_batch, key0, key1 = (key, None, None) if self.noise is None else jr.split(key, 3)
-        x0, x1 = self._draw(key_batch)
-        return _blur(x0, self.noise, key0), _blur(x1, self.noise, key1)
-
-    def _draw(self, key):
-        """A batch of the points themselves."""
-        if self.batch_size is None:
-            return self.x0, self.x1
-        key0, key1 = jr.split(key)
-        index0 = jr.randint(key0, (self.batch_size,), 0, self.x0.shape[0])
-        index1 = jr.randint(key1, (self.batch_size,), 0, self.x1.shape[0])
-        return self.x0[index0], self.x1[index1]
-
-    def fixed(self, key: Key[Array, ""], *, least: int = 8192) -> tuple[Float[Array, " b d"], Float[Array, " b2 d"]]:
-        """All points, for solvers that look at the same ones again and again; with noise as often as makes `least`.
-
-        Args:
-            key: typed PRNG key.
-            least: least number of points of each end, if noise is added.
-
-        Returns:
-            Points of the source and of the target.
-        """
-        if self.noise is None:
-            return self.x0, self.x1
-        many = lambda x: jnp.tile(x, (-(-least // x.shape[0]), 1))
-        return UnpairedBatches(many(self.x0), many(self.x1), None, self.noise)(key)
-
-
-def _blur(x, noise, key):
-    """Points with normal noise."""
-    return x if noise is None else x + noise * jr.normal(key, x.shape, x.dtype)
 
 
 class MatchingObjective(Objective):
@@ -164,7 +112,9 @@ class MatchingObjective(Objective):
     def __check_init__(self):
         check_interval("t_max", self.t_max, 0.0, 1.0, open_lo=True, open_hi=True)
 
-    def __call__(self, model: Bridge, batch: Any, *, key: Key[Array, ""]) -> tuple[Float[Array, ""], dict[str, Any]]:
+    def __call__(
+        self, model: Bridge, batch: Batch, *, key: Key[Array, ""]
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
         """The regression loss of `model` on pairs.
 
         Args:
@@ -173,39 +123,36 @@ class MatchingObjective(Objective):
             key: typed PRNG key.
 
         Returns:
-            Half the mean squared error over epsilon (nats), and nothing else.
+            Half the mean squared error over epsilon (nats), and the error of the coupling, where it has one.
         """
-        x0, x1 = batch
+        x0, x1, *errors = batch
         key_time, key_noise = jr.split(key)
         t = jr.uniform(key_time, (x0.shape[0], 1), x0.dtype, 0.0, self.t_max)
         noise = jnp.sqrt(model.epsilon * t * (1.0 - t)) * jr.normal(key_noise, x0.shape, x0.dtype)
         x = (1.0 - t) * x0 + t * x1 + noise
         error = model.potential.drift(x, t[:, 0]) - (x1 - x) / (1.0 - t)
-        return jnp.mean(jnp.sum(error**2, -1)) / (2.0 * model.epsilon), {}
+        return jnp.mean(jnp.sum(error**2, -1)) / (2.0 * model.epsilon), coupling_log(errors)
 
 
-def light_optimizer(
-    learning_rate: optax.ScalarOrSchedule, shift_unit: Float[ArrayLike, ""], weight_unit: Float[ArrayLike, ""]
-) -> optax.GradientTransformation:
-    """Adam with a unit of its own for each kind of parameter.
+class ScoreAndFlowMatching(Objective):
+    """Regressions of the flow and of the score of a `NeuralBridge` along Brownian bridges between pairs.
 
-    Args:
-        learning_rate: step in logarithms of scales.
-        shift_unit: what the shifts move in units of.
-        weight_unit: what the log-weights move in units of.
-
-    Returns:
-        An optimizer for a `MixturePotential`, or for anything that holds one.
+    Source: Tong et al., "Simulation-free Schrödinger bridges via score and flow matching", AISTATS 2024, equation 9.
     """
 
-    def units(updates, params):
-        del params
-
-        def scaled(path, leaf):
-            name = next((str(entry.name) for entry in reversed(path) if hasattr(entry, "name")), "")
-            unit = {"shifts": shift_unit, "log_weights": weight_unit}.get(name)
-            return leaf if unit is None else (leaf * unit).astype(leaf.dtype)
-
-        return jax.tree_util.tree_map_with_path(scaled, updates)
-
-    return optax.chain(optax.scale_by_adam(), optax.stateless(units), optax.scale_by_learning_rate(learning_rate))
+    def __call__(
+        self, model: PyTree, batch: Batch, *, key: Key[Array, ""]
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        x0, x1, *errors = batch
+        key_time, key_noise = jr.split(key)
+        # The targets grow without bound towards both ends of time.
+        t = jr.uniform(key_time, (x0.shape[0], 1), x0.dtype, 1e-3, 1.0 - 1e-3)
+        noise = jr.normal(key_noise, x0.shape, x0.dtype)
+        std = jnp.sqrt(t * (1.0 - t))
+        sigma = jnp.sqrt(model.epsilon)
+        x = (1.0 - t) * x0 + t * x1 + sigma * std * noise
+        flow_target = (1.0 - 2.0 * t) / (2.0 * std) * sigma * noise + x1 - x0
+        flow = jax.vmap(model.flow)(t[:, 0], x)
+        half_score = jax.vmap(model.half_score)(t[:, 0], x)
+        score_error = 2.0 * std / sigma * half_score + noise
+        return jnp.mean((flow - flow_target) ** 2) + jnp.mean(score_error**2), coupling_log(errors)

@@ -4,19 +4,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import numpyro.distributions as dist
-from jaxtyping import Array, ArrayLike, Float, Key, Real
+from jaxtyping import Array, ArrayLike, Float, Int, Key, Real
 
 from genkit._core._checks import check_interval, check_shape
 from genkit._core._fields import FROZEN, as_number
-
-from ._matrix_scale import noise_size
-from ._scale import AbstractScale, Time, take
-
-
-def _vectorize(fn, signature):
-    """`fn(x, t)` over leading axes of both, its result in the dtype of `x`."""
-    return jnp.vectorize(fn, signature=signature)
+from genkit.bridge._scales import AbstractScale, Time, take
 
 
 class MixturePotential(eqx.Module):
@@ -58,9 +52,9 @@ class MixturePotential(eqx.Module):
     center: Float[Array, " d"] = eqx.field(metadata=FROZEN, converter=jnp.asarray)
 
     def __check_init__(self):
-        if any(not hasattr(leaf, "shape") for leaf in jax.tree.leaves(self)):
-            return  # a skeleton of the tree (shapes, labels), not a potential
-        check_interval("epsilon", self.epsilon, 0.0, open_lo=True)
+        # Transformations of JAX rebuild modules with other things than arrays in place of their leaves.
+        if isinstance(self.epsilon, (jax.Array, np.ndarray)):
+            check_interval("epsilon", self.epsilon, 0.0, open_lo=True)
 
     @property
     def num_components(self) -> int:
@@ -96,9 +90,11 @@ class MixturePotential(eqx.Module):
         Returns:
             Shape (...).
         """
-        check_shape("x", x, (*[None] * (jnp.ndim(x) - 1), self.dim), "The last axis is the space of the bridge.")
-        check_interval("t", t, 0.0, 1.0)
-        return _vectorize(lambda x, t: jax.nn.logsumexp(self.terms(x, t)), "(d),()->()")(x, t)
+        self._check(x, t)
+        return jnp.vectorize(self._log_value, signature="(d),()->()")(x, t)
+
+    def _log_value(self, x: Float[Array, " d"], t: Time) -> Float[Array, ""]:
+        return jax.nn.logsumexp(self.terms(x, t))
 
     def weights(self, x: Float[ArrayLike, " *batch d"], t: Real[ArrayLike, " ..."]) -> Float[Array, " ..."]:
         """The posterior weights of the components given the path is at `x` at time `t`.
@@ -110,8 +106,11 @@ class MixturePotential(eqx.Module):
         Returns:
             Shape (..., K), summing to one.
         """
-        check_interval("t", t, 0.0, 1.0)
-        return _vectorize(lambda x, t: jax.nn.softmax(self.terms(x, t)), "(d),()->(k)")(x, t)
+        self._check(x, t)
+        return jnp.vectorize(self._weights, signature="(d),()->(k)")(x, t)
+
+    def _weights(self, x: Float[Array, " d"], t: Time) -> Float[Array, " k"]:
+        return jax.nn.softmax(self.terms(x, t))
 
     def drift(self, x: Float[ArrayLike, " *batch d"], t: Real[ArrayLike, " ..."]) -> Float[Array, " ..."]:
         """Epsilon grad log phi(x, t) = sum_k w_k(x, t) P_k(t) [r_k + (S_k - I) x].
@@ -123,15 +122,18 @@ class MixturePotential(eqx.Module):
         Returns:
             Shape (..., d).
         """
+        self._check(x, t)
+        return jnp.vectorize(self._drift, signature="(d),()->(d)")(x, t)
+
+    def _check(self, x: Float[ArrayLike, " *batch d"], t: Real[ArrayLike, " ..."]) -> None:
         check_shape("x", x, (*[None] * (jnp.ndim(x) - 1), self.dim), "The last axis is the space of the bridge.")
         check_interval("t", t, 0.0, 1.0)
-        return _vectorize(self._drift, "(d),()->(d)")(x, t)
 
-    def _drift(self, x, t):
-        return jax.nn.softmax(self.terms(x, t)) @ self.scale.pull(t, x - self.center, self.shifts)
+    def _drift(self, x: Float[Array, " d"], t: Time) -> Float[Array, " d"]:
+        return self._weights(x, t) @ self.scale.pull(t, x - self.center, self.shifts)
 
     def endpoint(self, x: Float[Array, " d"], t: Time) -> tuple[Float[Array, " k"], Float[Array, " k d"]]:
-        """The law of the end point X1 given X_t = x: logits of its components and their means, for one point.
+        """The distribution of the end point X1 given X_t = x: logits of its components and their means, for one point.
 
         The covariances are epsilon (1-t) S_k P_k(t).
 
@@ -161,10 +163,10 @@ class MixturePotential(eqx.Module):
         index = jr.categorical(key_component, self.terms(x, t))
         z = (x - self.center)[None]
         left = 1.0 - jnp.asarray(t, z.dtype)
-        first = jr.normal(key_inner, (1, noise_size(self.scale, self.dim)), z.dtype)
+        first = jr.normal(key_inner, (1, self.scale.noise_size(self.dim)), z.dtype)
         second = jr.normal(key_outer, z.shape, z.dtype)
 
-        def draw(index):
+        def draw(index: Int[Array, ""]) -> Float[Array, " d"]:
             scale = take(self.scale, index)
             mean = scale.resolvent(t, scale.apply(z) + left * self.shifts[index][None])
             # Covariance S P without a root of it: with A ~ N(0, S) and B ~ N(0, I),
@@ -176,9 +178,12 @@ class MixturePotential(eqx.Module):
 
         if not self.scale.matrices:
             return draw(index) + self.center
+
+        def keep(out: Float[Array, " d"], k: Int[Array, ""]) -> tuple[Float[Array, " d"], None]:
+            return jnp.where(index == k, draw(k), out), None
+
         # Under `vmap` the loop variable is shared by all samples: matrix products with each component in turn,
         # where a gather would copy one matrix per sample.
-        keep = lambda out, k: (jnp.where(index == k, draw(k), out), None)
         out, _ = jax.lax.scan(keep, jnp.zeros_like(x), jnp.arange(self.num_components))
         return out + self.center
 
@@ -206,12 +211,12 @@ class MixturePotential(eqx.Module):
         y = jnp.asarray(y)
         return self.log_value(y, 1.0) - self._tilt(y) - 0.5 * self.dim * jnp.log(2.0 * jnp.pi * self.epsilon)
 
-    def _tilt(self, x):
+    def _tilt(self, x: Float[Array, " *batch d"]) -> Float[Array, " *batch"]:
         """|x|^2 / 2 epsilon, the gap between the potential and the two factors of the plan."""
         return jnp.sum(x * x, -1) / (2.0 * self.epsilon)
 
     def coupling(self, x0: Float[Array, " *batch d"]) -> dist.MixtureSameFamily:
-        """The law of X1 given X0 = x0 as a numpyro mixture.
+        """The distribution of X1 given X0 = x0 as a numpyro mixture.
 
         Args:
             x0: starting points, shape (..., d).
@@ -219,11 +224,12 @@ class MixturePotential(eqx.Module):
         Returns:
             A mixture with batch shape (...) and event shape (d,).
         """
-        logits, means = _vectorize(lambda x: self.endpoint(x, 0.0), "(d)->(k),(k,d)")(x0)
-        return dist.MixtureSameFamily(dist.Categorical(logits=logits), self.scale.law(means, self.epsilon))
+        logits, means = jnp.vectorize(lambda x: self.endpoint(x, 0.0), signature="(d)->(k),(k,d)")(x0)
+        components = self.scale.distribution(means, self.epsilon)
+        return dist.MixtureSameFamily(dist.Categorical(logits=logits), components)
 
     def shifted(self, log_constant: Float[ArrayLike, ""]) -> "MixturePotential":
-        """The same potential times exp(log_constant).
+        """The potential times exp(log_constant).
 
         Args:
             log_constant: a scalar.

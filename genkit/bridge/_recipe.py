@@ -1,41 +1,33 @@
 """A light bridge as a recipe."""
 
-import equinox as eqx
 import jax.numpy as jnp
-import jax.random as jr
-import optax
-from jaxtyping import ArrayLike, Float, Real
+from jaxtyping import ArrayLike, Shaped
 
-from genkit._core import Phase, Recipe
-from genkit._core._checks import check_choice, check_count, check_positive
-
-from ._anchored import anchored_adam
-from ._bridge import Bridge
-from ._closed_form import check_epsilon
-from ._fit_light import KINDS, check_samples, start_bridge
-from ._objectives import LightObjective, UnpairedBatches, light_optimizer
-from ._start import MAX_POINTS
+from genkit.bridge._inputs import Scalar, check_epsilon, check_samples
+from genkit.bridge._light_options import LightFit, LightTraining
+from genkit.training import Recipe
 
 
 def recipe(
-    x0: Float[ArrayLike, " n d"],
-    x1: Float[ArrayLike, " m _"],
-    epsilon: Real[ArrayLike, ""],
+    x0: Shaped[ArrayLike, " n d"],
+    x1: Shaped[ArrayLike, " m _"],
+    epsilon: Scalar,
     num_components: int,
     *,
     scale: str = "diag",
     num_steps: int = 3000,
     init: str = "balanced",
-    learning_rate: float | None = None,
+    learning_rate: Scalar | None = None,
     batch_size: int | None = None,
     rank: int = 8,
-    noise: float | None = None,
+    guard: bool | None = None,
+    polish: int = 0,
+    noise: Scalar | None = None,
     name: str = "bridge",
 ) -> Recipe:
     """A light bridge as a recipe for `gk.fit` and the command line.
 
-    The same start, objective, coordinates and defaults as `fit_light` with Adam; the training loop is the library's own
-    (log, checkpoints, resume), so components that die are not revived on the way.
+    The training that `fit_light` runs, with log, checkpoints and resume.
 
     Args:
         x0: samples of the source, shape (n, d).
@@ -48,6 +40,8 @@ def recipe(
         learning_rate: as in `fit_light`.
         batch_size: as in `fit_light`.
         rank: columns of the low-rank family.
+        guard: as in `fit_light`.
+        polish: as in `fit_light`.
         noise: as in `fit_light`.
         name: what the log calls it.
 
@@ -63,41 +57,19 @@ def recipe(
         (200, 2)
     """
     check_epsilon(epsilon)
-    check_count("num_components", num_components)
-    check_choice("scale", scale, KINDS)
-    check_choice("init", init, ("balanced", "published"))
-    if noise is not None:
-        check_positive("noise", noise)
+    options = LightFit(
+        num_components,
+        scale,
+        num_steps,
+        init,
+        "adam",
+        polish,
+        learning_rate,
+        batch_size,
+        rank,
+        guard=guard,
+        noise=noise,
+    )
     x0, x1 = check_samples(x0, x1, num_components, scale)
-    epsilon = jnp.asarray(epsilon, x1.dtype)
-
-    # Fixed, so that the optimizer sees the points the start was made of.
-    key_order0, key_order1 = jr.split(jr.key(0))
-    few0, few1 = jr.permutation(key_order0, x0)[:MAX_POINTS], jr.permutation(key_order1, x1)[:MAX_POINTS]
-
-    def build(key):
-        """The bridge before training."""
-        start = start_bridge(few0, few1, epsilon, num_components, scale=scale, init=init, rank=rank, key=key)
-        return Bridge(start, source=few0)
-
-    published = init == "published"
-    if published:
-        optimizer = light_optimizer(learning_rate or 1e-3, 1.0, 1.0 / epsilon)
-    else:
-        schedule = optax.cosine_decay_schedule(learning_rate or 2e-2, num_steps)
-        optimizer = _of_potential(anchored_adam(schedule, few0, epsilon, few1.mean(0)))
-    blur = None if noise is None else jnp.asarray(noise, x1.dtype)
-    data = UnpairedBatches(x0, x1, batch_size or (128 if published else 1024), blur)
-    return Recipe(build, data, Phase(LightObjective(), optimizer), num_steps, name=name)
-
-
-def _of_potential(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """An optimizer of potentials, for the bridge that holds one and trains nothing else."""
-    held = lambda bridge: bridge.potential
-
-    def update(updates, state, params=None):
-        assert params is not None
-        moved, state = optimizer.update(updates.potential, state, params.potential)
-        return eqx.tree_at(held, updates, moved), state
-
-    return optax.GradientTransformation(lambda params: optimizer.init(params.potential), update)
+    training = LightTraining(x0, x1, jnp.asarray(epsilon, x1.dtype), options)
+    return training.recipe(name=name, with_source=True)

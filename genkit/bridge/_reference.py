@@ -8,8 +8,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, Key, Real
 
 from genkit._core._fields import FROZEN, as_number
-
-from ._scale import Time
+from genkit.bridge._scales import Time
 
 
 class AbstractReference(eqx.Module):

@@ -1,28 +1,28 @@
 """Samplers of bridges, for `gk.sample` and the command line."""
 
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Inexact, Key
+from jaxtyping import Array, Float, Inexact, Key, PyTree
 
-from genkit._core import AbstractSampler, Draws
-from genkit._core._checks import check, check_count
+from genkit._core._checks import check, check_count, fail
+from genkit.bridge._abstract import AbstractBridge
+from genkit.bridge._bridge import Bridge
+from genkit.bridge._euler import euler_maruyama
+from genkit.sampling import AbstractSampler, Draws
 
-from ._bridge import AbstractBridge, Bridge
 
-
-def _starts(model, keys, x_init):
-    """Where the paths start: the states given, or draws of the source the bridge carries."""
+def _starts(bridge: AbstractBridge, keys: Key[Array, " n"], x_init: Array | None) -> Float[Array, " n d"]:
+    """The states that paths start in: those given, or draws of the source the bridge carries."""
     if x_init is not None:
         return x_init
-    source = getattr(model, "source", None)
-    hint = "Or give the bridge samples of its source: `bridge.with_source(x0)`."
-    check(source is not None, "x_init", "given: this bridge does not know its source", "None", hint)
-    source = jnp.asarray(source)
+    source = bridge.start_samples
+    if source is None:
+        hint = "Or give the bridge samples of its source: `bridge.with_source(x0)`."
+        fail("x_init", "given: this bridge does not know its source", "None", hint)
     return source[jax.vmap(lambda key: jr.randint(jr.fold_in(key, 0), (), 0, source.shape[0]))(keys)]
 
 
@@ -50,7 +50,7 @@ class ExactPaths(AbstractSampler):
         model: Callable,
         keys: Key[Array, " n"],
         *,
-        cond: Any,
+        cond: PyTree,
         x_init: Inexact[Array, " n *shape"] | None,
         shape: tuple[int, ...],
         trajectory: bool = False,
@@ -70,13 +70,15 @@ class ExactPaths(AbstractSampler):
         """
         del shape
         check(cond is None, "cond", "None: a bridge takes no condition", cond)
-        check(isinstance(model, Bridge), "model", "a closed-form Bridge", type(model).__name__, "Use `EulerPaths`.")
-        bridge: Any = model
-        x0 = _starts(bridge, keys, x_init)
+        if not isinstance(model, Bridge):
+            fail("model", "a closed-form Bridge", type(model).__name__, "Use `EulerPaths`.")
+        x0 = _starts(model, keys, x_init)
         ts = jnp.linspace(0.0, 1.0, self.num_steps + 1)
-        paths = jax.vmap(lambda x, key: bridge.sample(x, ts, key=jr.fold_in(key, 1)))(x0, keys)
+        paths = jax.vmap(lambda x, key: model.sample(x, ts, key=jr.fold_in(key, 1)))(x0, keys)
         count = jnp.ones(keys.shape[0], jnp.int32)
-        return Draws(paths[:, -1], count, count, trajectory=paths if trajectory else None)
+        if not trajectory:
+            return Draws(paths[:, -1], count, count)
+        return Draws(paths[:, -1], count, count, trajectory=paths)
 
 
 class EulerPaths(AbstractSampler):
@@ -103,7 +105,7 @@ class EulerPaths(AbstractSampler):
         model: Callable,
         keys: Key[Array, " n"],
         *,
-        cond: Any,
+        cond: PyTree,
         x_init: Inexact[Array, " n *shape"] | None,
         shape: tuple[int, ...],
         trajectory: bool = False,
@@ -123,17 +125,23 @@ class EulerPaths(AbstractSampler):
         """
         del shape
         check(cond is None, "cond", "None: a bridge takes no condition", cond)
-        check(isinstance(model, AbstractBridge), "model", "a bridge", type(model).__name__)
-        bridge: Any = model
-        x0 = _starts(bridge, keys, x_init)
+        if not isinstance(model, AbstractBridge):
+            fail("model", "a bridge", type(model).__name__)
+        x0 = _starts(model, keys, x_init)
         step = 1.0 / self.num_steps
 
-        def euler(x, i):
-            noise = jax.vmap(lambda key: jr.normal(jr.fold_in(key, i + 1), x.shape[1:], x.dtype))(keys)
-            x = x + step * bridge.drift(i * step, x) + jnp.sqrt(bridge.epsilon * step) * noise
-            return x, x if trajectory else ()
+        def interval(x: Array, i: Array) -> tuple[Array, Array | tuple[()]]:
+            def noise(_: Array) -> Array:
+                return jax.vmap(lambda key: jr.normal(jr.fold_in(key, i + 1), x.shape[1:], x.dtype))(keys)
 
-        end, path = jax.lax.scan(euler, x0, jnp.arange(self.num_steps))
-        path = jnp.concatenate([x0[:, None], jnp.moveaxis(jnp.asarray(path), 0, 1)], 1) if trajectory else None
+            x = euler_maruyama(model, x, i * step, step, 1, noise)
+            if trajectory:
+                return x, x
+            return x, ()
+
+        end, path = jax.lax.scan(interval, x0, jnp.arange(self.num_steps))
         count = jnp.full(keys.shape[0], self.num_steps, jnp.int32)
+        if not trajectory:
+            return Draws(end, count, count)
+        path = jnp.concatenate([x0[:, None], jnp.moveaxis(jnp.asarray(path), 0, 1)], 1)
         return Draws(end, count, count, trajectory=path)

@@ -8,11 +8,9 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
-from ._closed_form import riccati
-from ._make_scale import eigen_from_dense
-from ._matrix_scale import LowRank
-from ._potential import MixturePotential
-from ._scale import AbstractScale, Diag, Iso
+from genkit.bridge._gaussian import riccati
+from genkit.bridge._potential import MixturePotential
+from genkit.bridge._scales import AbstractScale, Diag, Iso, LowRank, full_from_dense
 
 
 # Points that the start and the reports look at: enough for means over components, little work.
@@ -32,17 +30,18 @@ def kmeans(
     The best of several restarts: two clusters that share a center stay so in any fit that starts from them.
     """
 
-    def squares(centers):
+    def squares(centers: Float[Array, " k d"]) -> Float[Array, " n k"]:
         return jnp.sum(x * x, -1)[:, None] - 2.0 * x @ centers.T + jnp.sum(centers * centers, -1)
 
-    def lloyd(_, centers):
+    def lloyd(_: Array, centers: Float[Array, " k d"]) -> Float[Array, " k d"]:
         member = jax.nn.one_hot(jnp.argmin(squares(centers), 1), num_clusters, dtype=x.dtype)
         count = member.sum(0)[:, None]
         return jnp.where(count > 0, member.T @ x / jnp.maximum(count, 1.0), centers)
 
-    def once(key):
-        def seed(i, carry):
+    def once(key: Key[Array, ""]) -> tuple[Array, Array]:
+        def seed(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             centers, nearest = carry
+            # A point that is a center already has distance zero, and must not be drawn again.
             logits = jnp.log(jnp.maximum(nearest, 1e-30))
             center = x[jr.categorical(jr.fold_in(key, i), logits)]
             return centers.at[i].set(center), jnp.minimum(nearest, jnp.sum((x - center) ** 2, -1))
@@ -85,7 +84,9 @@ def balance(
         The weights, shape (K,), their maximum zero.
     """
     n, k = terms.shape
-    value = lambda logits: jnp.mean(jax.nn.logsumexp(logits + terms, 1)) - masses @ logits
+
+    def value(logits: Float[Array, " k"]) -> Float[Array, ""]:
+        return jnp.mean(jax.nn.logsumexp(logits + terms, 1)) - masses @ logits
 
     def body(state: _Newton) -> _Newton:
         w = jax.nn.softmax(state.log_weights + terms, 1)
@@ -107,11 +108,13 @@ def balance(
     # Each component starts level with the others where its own points are: the largest terms are brought to zero.
     start = -jnp.max(terms, 0)
     start = start - jnp.max(start)
-    init = _Newton(
-        start, value(start), jnp.asarray(1e-2, terms.dtype), jnp.asarray(jnp.inf, terms.dtype), jnp.asarray(0)
-    )
-    go = lambda state: (state.error > tol) & (state.step < max_steps) & (state.damping < 1e8)
-    return jax.lax.while_loop(go, body, init).log_weights
+    damping = jnp.asarray(1e-2, terms.dtype)
+    init = _Newton(start, value(start), damping, jnp.asarray(jnp.inf, terms.dtype), jnp.asarray(0))
+
+    def is_unsettled(state: _Newton) -> Array:
+        return (state.error > tol) & (state.step < max_steps) & (state.damping < 1e8)
+
+    return jax.lax.while_loop(is_unsettled, body, init).log_weights
 
 
 def shrunk_covariance(z: Float[Array, " n d"]) -> Float[Array, " d d"]:
@@ -143,7 +146,9 @@ def shrunk_covariance(z: Float[Array, " n d"]) -> Float[Array, " d d"]:
     return std[:, None] * correlation * std
 
 
-def _clusters(x1, centers):
+def _clusters(
+    x1: Float[Array, " n d"], centers: Float[Array, " k d"]
+) -> tuple[Float[Array, " k"], Float[Array, " k d d"]]:
     """Masses and shrunken covariances of the clusters."""
     k, d = centers.shape
     nearest = jnp.argmin(jnp.sum(centers**2, -1) - 2.0 * x1 @ centers.T, 1)
@@ -166,7 +171,7 @@ def _family(kind: str, matrices: Float[Array, " k d d"], rank: int) -> AbstractS
     if kind == "diag":
         return Diag(jnp.log(diagonal))
     if kind == "full":
-        return eigen_from_dense(matrices)
+        return full_from_dense(matrices)
     values, vectors = jnp.linalg.eigh(matrices)
     rank = min(rank, matrices.shape[-1] - 1)
     rest = values[:, : values.shape[1] - rank].mean(-1)
@@ -200,12 +205,14 @@ def balanced_start(
         The potential, centered at the mean of the target.
     """
     center = x1.mean(0)
-    z0, z1 = (x0 - center)[:MAX_POINTS], (x1 - center)[:MAX_POINTS]
+    z0 = (x0 - center)[:MAX_POINTS]
+    z1 = (x1 - center)[:MAX_POINTS]
     d = x1.shape[1]
     centers = kmeans(z1, num_components, key=key)
     masses, covs = _clusters(z1, centers)
     cov0 = shrunk_covariance(z0 - z0.mean(0))
-    if kind in ("iso", "diag"):  # the Riccati equation of each coordinate alone
+    if kind in ("iso", "diag"):
+        # The Riccati equation of each coordinate alone.
         per_axis = riccati(
             jnp.diagonal(cov0)[:, None, None], jnp.diagonal(covs, axis1=-2, axis2=-1)[..., None, None], epsilon
         )[..., 0, 0]
@@ -219,6 +226,7 @@ def balanced_start(
     return eqx.tree_at(lambda p: p.log_weights, potential, balance(terms, masses))
 
 
+@eqx.filter_jit
 def published_start(
     x1: Float[Array, " m d"],
     epsilon: Float[Array, ""],
@@ -226,7 +234,7 @@ def published_start(
     num_components: int,
     kind: str,
     rank: int,
-    start_scale: float,
+    start_scale: Float[Array, ""],
     key: Key[Array, ""],
 ) -> MixturePotential:
     """The start of the published solver: shifts at random targets, equal weights, one small isotropic scale.

@@ -1,3 +1,3 @@
 """The command line: `genkit demo | train | sample | infer | info | zoo`."""
 
-from ._main import main as main
+from genkit.cli._main import main as main

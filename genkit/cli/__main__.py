@@ -2,7 +2,7 @@
 
 import sys
 
-from ._main import main
+from genkit.cli._main import main
 
 
 if __name__ == "__main__":

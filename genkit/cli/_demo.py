@@ -9,13 +9,13 @@ import jax
 import numpy as np
 
 from genkit import divergence
-from genkit._core import AbstractSampler, Fitted, Sampler, fit, sample
-from genkit._core._files import atomic_file
+from genkit.cli._zoo import zoo_file
 from genkit.data import Digits, digits
 from genkit.diffusion import heun, karras
 from genkit.io import load, plot_grid, plot_log, save_draws
-
-from ._zoo import zoo_file
+from genkit.sampling import AbstractSampler, Draws, Sampler, sample
+from genkit.storage import atomic_write, is_run
+from genkit.training import Fitted, fit
 
 
 NUM_JUDGED = 1000
@@ -52,8 +52,7 @@ def run(args: Namespace) -> int:
     save_draws(out / "guided.npz", guided)
     plot_grid(out / "digits.png", _by_class(np.asarray(guided.value), labels), columns=10)
     plot_log(out / "loss.png", fitted.log)
-    with atomic_file(out / "report.json") as file:
-        file.write(json.dumps(report, indent=2).encode())
+    atomic_write(out / "report.json", json.dumps(report, indent=2))
     _print_report(report)
     print(f"\npicture {out / 'digits.png'}, figures {out / 'report.json'}, in {time.perf_counter() - start:.0f} s")
     return 0
@@ -76,7 +75,10 @@ def judge(guided: np.ndarray, free: np.ndarray, labels: np.ndarray, data: Digits
     def flat(x: np.ndarray) -> np.ndarray:
         return np.asarray(x, np.float32).reshape(len(x), -1)
 
-    guided, free, train, test = map(flat, (guided, free, data.x_train, data.x_test))
+    guided = flat(guided)
+    free = flat(free)
+    train = flat(data.x_train)
+    test = flat(data.x_test)
     classifier = SVC(gamma=0.02, C=10.0).fit(train, data.y_train)
     # Neighborhood radii depend on the sample size: compare equal sizes, averaged over disjoint blocks.
     size = len(test)
@@ -107,14 +109,16 @@ def _train(out: Path, seed: int, steps: int | None) -> Fitted:
     """The digits model: trained, resumed, or found complete in `out`."""
     start = time.perf_counter()
     recipe = load(zoo_file("models/digits.py"))
-    reused = (out / "meta.json").exists()
+    reused = is_run(out)
     fitted = fit(recipe, key=jax.random.key(seed), num_steps=steps, run=out, resume=reused)
-    verb = "continued or re-used" if reused else "trained"
+    verb = "trained"
+    if reused:
+        verb = "continued or re-used"
     print(f"{verb:>20}: {len(fitted.log['loss']):,} steps in {out} ({time.perf_counter() - start:.0f} s)")
     return fitted
 
 
-def _draw(name: str, sampler: AbstractSampler, fitted: Fitted, labels: np.ndarray, key: jax.Array):
+def _draw(name: str, sampler: AbstractSampler, fitted: Fitted, labels: np.ndarray, key: jax.Array) -> Draws:
     start = time.perf_counter()
     draws = sample(sampler, fitted.ema, len(labels), key=key, cond=labels)
     jax.block_until_ready(draws.value)

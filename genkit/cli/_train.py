@@ -1,5 +1,7 @@
 """`genkit train`: train the recipe of a definition file."""
 
+import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -7,24 +9,33 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from .._core import fit
-from .._core._run import is_run, read_meta
-from ..io import load_definition, plot_log, with_needs
+from genkit.cli._signals import Stop
+from genkit.cli._zoo import find_definition
+from genkit.io import load_definition, plot_log, with_needs
+from genkit.storage import is_run, read_meta
+from genkit.training import fit
 
 
-def run(args: Namespace) -> int:
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+def run(args: Namespace, stop: Stop) -> int:
     """Train; several processes share the work and process 0 writes.
 
     Args:
         args: the parsed command line.
+        stop: is told when there is work that a sudden end would lose.
 
     Returns:
         Exit status 0.
     """
+    # Before the first array: JAX cannot join other processes later.
     _join_processes(args)
     try:
-        definition = load_definition(args.file, ("recipe",))
+        definition = load_definition(find_definition(args.file), ("recipe",))
         recipe = with_needs(definition, _needs(args))
+        is_first = jax.process_index() == 0
+        total = args.steps or recipe.num_steps
         fitted = fit(
             recipe,
             key=jax.random.key(_seed(args)),
@@ -32,9 +43,10 @@ def run(args: Namespace) -> int:
             run=args.out,
             resume=args.resume,
             mesh=_mesh(args),
-            progress=None if jax.process_index() == 0 else False,
+            on_step=_Progress(stop, total, show=is_first and not sys.stderr.isatty()),
+            progress=_bar(is_first),
         )
-        if jax.process_index() == 0:
+        if is_first:
             log = {name: values for name, values in fitted.log.items() if len(values)}
             plot_log(Path(args.out) / "log.png", log)
             last = ", ".join(f"{name} {np.mean(values[-100:]):.4g}" for name, values in log.items())
@@ -43,6 +55,32 @@ def run(args: Namespace) -> int:
         if args.coordinator is not None:
             jax.distributed.shutdown()
     return 0
+
+
+class _Progress:
+    """Called after every step: a line now and then where no terminal shows a bar."""
+
+    def __init__(self, stop: Stop, total: int, *, show: bool):
+        self.stop = stop
+        self.total = total
+        self.show = show
+        self.start = time.monotonic()
+        self.last = self.start
+
+    def __call__(self, step: int, metrics: dict[str, float]) -> None:
+        # Until now nothing could be lost by ending at once.
+        self.stop.has_unsaved_work = True
+        now = time.monotonic()
+        if self.show and now - self.last >= _SECONDS_BETWEEN_LINES:
+            self.last = now
+            values = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            sys.stderr.write(f"step {step + 1} of {self.total}, {now - self.start:.0f} s: {values}\n")
+            sys.stderr.flush()
+
+
+def _bar(is_first: bool) -> bool | None:
+    """Value of `progress`: a bar where there is a terminal, and only from one of several processes."""
+    return None if is_first else False
 
 
 def _join_processes(args: Namespace) -> None:
@@ -67,6 +105,7 @@ def _needs(args: Namespace) -> dict[str, str]:
 
 
 def _seed(args: Namespace) -> int:
+    # A resumed run goes on with its own key, which need not be given again.
     if args.seed is not None or not (args.resume and is_run(args.out)):
         return args.seed or 0
     seed = read_meta(args.out)["seed"]
@@ -76,10 +115,10 @@ def _seed(args: Namespace) -> int:
 
 
 def _mesh(args: Namespace) -> Mesh | None:
-    devices = jax.devices()
     if args.coordinator is None and args.devices is None:
         return None
-    number = len(devices) if args.devices is None else args.devices
+    devices = jax.devices()
+    number = args.devices or len(devices)
     if number > len(devices):
         raise ValueError(f"--devices must be <= {len(devices)}, as many as there are; got {number}.")
     return jax.make_mesh((number,), ("batch",), devices=devices[:number], axis_types=(AxisType.Auto,))

@@ -1,10 +1,10 @@
 """Small real and toy data sets as functions, and batches of them."""
 
-from ._batches import Batches as Batches, Generated as Generated
-from ._digits import Digits as Digits, digits as digits
-from ._host import Host as Host
-from ._nile import nile as nile
-from ._toys import (
+from genkit.data._batches import Batches as Batches, Generated as Generated
+from genkit.data._digits import Digits as Digits, digits as digits
+from genkit.data._host import Host as Host
+from genkit.data._nile import nile as nile
+from genkit.data._toys import (
     checkerboard as checkerboard,
     eight_gaussians as eight_gaussians,
     pinwheel as pinwheel,

@@ -1,7 +1,6 @@
 """Batches as callable pytrees: `data(key) -> batch`, traceable, the arrays as leaves."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import equinox as eqx
 import jax
@@ -10,12 +9,16 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Key, PyTree
 
-from genkit._core._checks import check, check_count, check_finite, describe
+from genkit._core._checks import check, check_count, check_finite, fail
 
 
 def _as_arrays(tree: PyTree) -> PyTree[Array]:
     """Every leaf as a JAX array."""
     return jax.tree.map(jnp.asarray, tree)
+
+
+def _shapes(leaves: Sequence[Array]) -> str:
+    return "shapes " + ", ".join(str(np.shape(leaf)) for leaf in leaves)
 
 
 class Batches(eqx.Module):
@@ -49,9 +52,10 @@ class Batches(eqx.Module):
         leaves = jax.tree.leaves(self.arrays)
         check(bool(leaves), "arrays", "at least one array", "an empty tree")
         sizes = {np.shape(leaf)[:1] for leaf in leaves}
-        shapes = ", ".join(str(np.shape(leaf)) for leaf in leaves)
-        check(len(sizes) == 1 and sizes != {()}, "arrays", "arrays with one leading axis in common", f"shapes {shapes}")
-        check(sizes != {(0,)}, "arrays", "at least one example", f"shapes {shapes}")
+        if len(sizes) != 1 or sizes == {()}:
+            fail("arrays", "arrays with one leading axis in common", _shapes(leaves))
+        if sizes == {(0,)}:
+            fail("arrays", "at least one example", _shapes(leaves))
         check_finite("arrays", self.arrays, "Drop or impute the examples concerned.")
 
     @property
@@ -66,10 +70,10 @@ class Batches(eqx.Module):
 
 
 class Generated(eqx.Module):
-    """Batches of a law that can be drawn: every batch is new.
+    """Batches of a distribution that can be drawn: every batch is new.
 
     Args:
-        draw: function `(num_samples, *, key) -> batch`, as `two_moons` and its neighbours; traceable.
+        draw: function `(num_samples, *, key) -> batch`, as `two_moons` and its neighbors; traceable.
         batch_size: number of examples in a batch, positive.
 
     Raises:
@@ -83,11 +87,11 @@ class Generated(eqx.Module):
         (4, 2)
     """
 
-    draw: Callable[..., Any]
+    draw: Callable[..., PyTree]
     batch_size: int = eqx.field(static=True)
 
     def __check_init__(self):
-        check(callable(self.draw), "draw", "a function `(num_samples, *, key) -> batch`", describe(self.draw))
+        check(callable(self.draw), "draw", "a function `(num_samples, *, key) -> batch`", self.draw)
         check_count("batch_size", self.batch_size)
 
     def __call__(self, key: Key[Array, ""]) -> PyTree[Array]:

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterable, Iterator
 import equinox as eqx
 from jaxtyping import PyTree
 
-from .._core._checks import check
-from .._core._host import AbstractHost
+from genkit._core._checks import fail
+from genkit.training import AbstractData
 
 
-class Host(AbstractHost):
+class Host(AbstractData):
     """A data pipeline that runs in Python: files, databases, augmentation with other libraries.
 
     `gk.fit` draws batches between compiled calls, stacks as many as one call needs, and draws the next ones while the
@@ -36,16 +36,8 @@ class Host(AbstractHost):
 
     def __check_init__(self):
         hint = "Give a function of the first batch's number: a bare iterator cannot be resumed."
-        got = type(self.iterator_factory).__name__
-        check(callable(self.iterator_factory), "iterator_factory", "a function", got, hint)
+        if not callable(self.iterator_factory):
+            fail("iterator_factory", "a function", type(self.iterator_factory).__name__, hint)
 
     def batches(self, start: int) -> Iterator[PyTree]:
-        """The batches from number `start` on.
-
-        Args:
-            start: how many batches come before.
-
-        Returns:
-            An iterator over batches.
-        """
         return iter(self.iterator_factory(start))

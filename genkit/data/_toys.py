@@ -1,4 +1,7 @@
-"""Toy laws in the plane (and one in space): `(num_samples, *, key) -> array`, traceable, standardised to about unit scale."""  # noqa: E501
+"""Toy distributions in the plane, and one in space.
+
+Each is a function `(num_samples, *, key) -> array`, traceable, standardized to about unit scale.
+"""
 
 import math
 
@@ -115,6 +118,7 @@ def swiss_roll(
     check_count("num_samples", num_samples)
     check(dim in (2, 3), "dim", "2 or 3", dim)
     key_angle, key_width, key_noise = jr.split(key, 3)
+    # From a half turn out: nearer to the center the arms would touch.
     angle = 1.5 * math.pi * (1 + 2 * jr.uniform(key_angle, (num_samples,)))
     radius = angle / (3 * math.pi)
     columns = [radius * jnp.cos(angle), radius * jnp.sin(angle)]
@@ -159,10 +163,12 @@ def pinwheel(
     check_count("num_arms", num_arms)
     key_arm, key_noise = jr.split(key)
     arm = jr.randint(key_arm, (num_samples,), 0, num_arms)
-    along, across = jr.normal(key_noise, (2, num_samples))
-    along, across = 1 + radial_std * along, tangential_std * across
+    radial, tangential = jr.normal(key_noise, (2, num_samples))
+    along = 1 + radial_std * radial
+    across = tangential_std * tangential
     angle = 2 * math.pi * arm / num_arms + twist * jnp.exp(along)
-    cosine, sine = jnp.cos(angle), jnp.sin(angle)
+    cosine = jnp.cos(angle)
+    sine = jnp.sin(angle)
     return jnp.stack([along * cosine - across * sine, along * sine + across * cosine], axis=1)
 
 
@@ -188,6 +194,7 @@ def checkerboard(num_samples: int, *, num_cells: int = 4, key: Key[Array, ""]) -
     check(num_cells % 2 == 0, "num_cells", "even", num_cells)
     key_row, key_column, key_place = jr.split(key, 3)
     row = jr.randint(key_row, (num_samples,), 0, num_cells)
+    # Dark cells stand in every other column, one further to the right in every other row.
     column = 2 * jr.randint(key_column, (num_samples,), 0, num_cells // 2) + row % 2
     place = jr.uniform(key_place, (num_samples, 2))
     return 4 * (jnp.stack([column, row], axis=1) + place) / num_cells - 2

@@ -1,7 +1,6 @@
 """The schedule of least kinetic energy."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,17 +8,18 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Key, Real
 
-from genkit._core._checks import check, check_count, check_finite, check_positive
-
-from ._schedules import Schedule, as_time
-from ._spline import Spline
+from genkit._core._checks import check, check_count, check_finite, check_positive, is_concrete
+from genkit.diffusion._denoisers._empirical import EmpiricalDenoiser
+from genkit.diffusion._schedules._base import Schedule, as_level, as_time
+from genkit.diffusion._schedules._spline import Spline
 
 
 # The speed of a path on the angle; below this the data are as good as Gaussian and any path is free.
 _SLOWEST = 1e-4
 
 # At how many noise levels the error of the data's denoiser is estimated, and from how many examples.
-_LEVELS, _EXAMPLES = 96, 1024
+_LEVELS = 96
+_EXAMPLES = 1024
 
 
 class KineticOptimal(Schedule):
@@ -58,7 +58,11 @@ class KineticOptimal(Schedule):
     angle: Spline  # from psi to chi
 
     def __init__(
-        self, mmse: Callable[[np.ndarray], Any], scale: Float[ArrayLike, ""] | float = 1.0, *, num_nodes: int = 1024
+        self,
+        mmse: Callable[[np.ndarray], ArrayLike],
+        scale: Float[ArrayLike, ""] | float = 1.0,
+        *,
+        num_nodes: int = 1024,
     ):
         check_count("num_nodes", num_nodes, 8)
         check_positive("scale", scale)
@@ -67,7 +71,8 @@ class KineticOptimal(Schedule):
         points, weights = np.polynomial.legendre.leggauss(4)
         inner = psi[:-1, None] + np.diff(psi)[:, None] * (1 + points) / 2
         flat = _speed(mmse, np.concatenate([inner.ravel(), psi[1:-1]]))
-        cells, nodes = flat[: inner.size].reshape(inner.shape), flat[inner.size :]
+        cells = flat[: inner.size].reshape(inner.shape)
+        nodes = flat[inner.size :]
         chi = np.concatenate([[0.0], np.cumsum(cells @ weights * np.diff(psi) / 2)])
         slopes = np.concatenate([cells[:1, 0], nodes, cells[-1:, -1]])
         dtype = jnp.result_type(float)
@@ -78,20 +83,21 @@ class KineticOptimal(Schedule):
     def from_data(
         cls, x: Float[ArrayLike, " n *shape"], *, num_nodes: int = 1024, key: Key[Array, ""] | None = None
     ) -> "KineticOptimal":
-        """The best path of a data set, by the exact denoiser of the empirical law.
+        """The best path of a data set, by the exact denoiser of its examples.
 
         Args:
-            x: examples `(n, *shape)`; at most the first 1,024 are used.
+            x: examples `(n, *shape)`; of more than 1,024 so many are drawn at random.
             num_nodes: nodes of the quadrature.
             key: typed PRNG key of the noise; `None` for a fixed one.
 
         Returns:
             The schedule.
         """
-        from ._analytic_empirical import EmpiricalDenoiser
-
-        x = jnp.asarray(x)[:_EXAMPLES]
-        return cls.from_denoiser(EmpiricalDenoiser(x), x, num_nodes=num_nodes, key=key)
+        x = _chosen(x, key)
+        # Built now, also inside a trace, as everything the path is made of.
+        with jax.ensure_compile_time_eval():
+            denoiser = EmpiricalDenoiser(x)
+        return cls.from_denoiser(denoiser, x, num_nodes=num_nodes, key=key)
 
     @classmethod
     def from_denoiser(
@@ -106,27 +112,26 @@ class KineticOptimal(Schedule):
 
         Args:
             denoiser: a denoiser of the data, for one example.
-            x: examples `(n, *shape)`; at most the first 1,024 are used.
+            x: examples `(n, *shape)`; of more than 1,024 so many are drawn at random.
             num_nodes: nodes of the quadrature.
             key: typed PRNG key of the noise; `None` for a fixed one.
 
         Returns:
             The schedule.
         """
-        x = jnp.asarray(x)[:_EXAMPLES]
-        check(x.ndim >= 2 and len(x) >= 2, "x", "at least two examples `(n, *shape)`", f"shape {x.shape}")
-        check_finite("x", x)
-        scale = float(jnp.sqrt(jnp.mean(x**2)))
+        x = _chosen(x, key)
+        scale = float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
         check_positive("scale of x", scale)
         psi = np.linspace(0, 0.5 * np.pi, _LEVELS + 2)[1:-1]
         # Few examples are seen often, each time with other noise. The fixed key is one that no user draws data with.
-        x = x[jnp.arange(_EXAMPLES) % len(x)]
-        noise = jr.normal(jr.fold_in(jr.key(0), 0x6B6F) if key is None else key, x.shape, x.dtype)
+        x = x[np.arange(_EXAMPLES) % len(x)]
+        if key is None:
+            key = _fixed_key()
 
         # The best denoiser's error is orthogonal to every function of the noisy example, so it falls short of the best
         # linear one's, sin(psi)^2, by their mean squared distance. That stays sharp where the errors nearly cancel.
         @jax.jit
-        def gains(levels: Array) -> Array:
+        def gains(levels: Array, x: Array, noise: Array) -> Array:
             def one(level: Array) -> Array:
                 shrink = scale**2 / (scale**2 + level**2)
 
@@ -138,9 +143,16 @@ class KineticOptimal(Schedule):
 
             return jax.lax.map(one, levels)
 
-        levels = scale * jnp.asarray(np.tan(psi), x.dtype)
-        gain = np.clip(np.asarray(gains(levels), np.float64) / scale**2 / np.sin(psi) ** 2, 0, 1)
-        mmse = lambda level: (1 - np.interp(np.arctan(level), psi, gain)) * np.sin(np.arctan(level)) ** 2
+        # Evaluated now, also inside a trace: the path is made of numbers.
+        with jax.ensure_compile_time_eval():
+            noise = jr.normal(key, x.shape, x.dtype)
+            found = np.asarray(gains(scale * jnp.asarray(np.tan(psi), x.dtype), x, noise), np.float64)
+        gain = np.clip(found / scale**2 / np.sin(psi) ** 2, 0, 1)
+
+        def mmse(level: np.ndarray) -> np.ndarray:
+            angle = np.arctan(level)
+            return (1 - np.interp(angle, psi, gain)) * np.sin(angle) ** 2
+
         return cls(mmse, scale, num_nodes=num_nodes)
 
     @property
@@ -149,36 +161,64 @@ class KineticOptimal(Schedule):
         return 4 * jnp.sin(self.angle.y[-1] / 2) ** 2
 
     def alpha(self, t: Real[ArrayLike, " *s"]) -> Float[Array, " *s"]:
-        """Scale of the data."""
         radius, psi = self._polar(t)
         # The right angle rounds to either side of itself; there is no data of negative scale at the end.
         return radius * jnp.maximum(jnp.cos(psi), 0)
 
     def sigma(self, t: Real[ArrayLike, " *s"]) -> Float[Array, " *s"]:
-        """Standard deviation of the noise."""
         radius, psi = self._polar(t)
         return self.scale.astype(psi.dtype) * radius * jnp.sin(psi)
 
     def time(self, noise_level: Real[ArrayLike, " *s"]) -> Float[Array, " *s"]:
-        """The time of a noise level; 1 at infinity."""
-        level = as_time(noise_level)
+        level = as_level(noise_level)
         chi = self.angle(jnp.arctan(level / self.scale.astype(level.dtype)))
-        near, far = jnp.sin(chi), jnp.sin(self.angle.y[-1].astype(level.dtype) - chi)
+        near = jnp.sin(chi)
+        far = jnp.sin(self.angle.y[-1].astype(level.dtype) - chi)
         return near / (near + far)
 
     def _polar(self, t: Real[ArrayLike, " *s"]) -> tuple[Array, Array]:
         """Radius and angle of the straight line at time `t`."""
         t = as_time(t)
         whole = self.angle.y[-1].astype(t.dtype)
-        along, across = (1 - t) + t * jnp.cos(whole), t * jnp.sin(whole)
+        along = (1 - t) + t * jnp.cos(whole)
+        across = t * jnp.sin(whole)
         return jnp.hypot(along, across), self.angle.inverse(jnp.arctan2(across, along))
 
 
-def _speed(mmse: Callable[[np.ndarray], Any], psi: np.ndarray) -> np.ndarray:
+def _chosen(x: Float[ArrayLike, " n *shape"], key: Key[Array, ""] | None) -> Float[np.ndarray, " m *shape"]:
+    """At most `_EXAMPLES` of the examples, drawn at random where there are more: data are often sorted."""
+    check(is_concrete(x), "x", "concrete, because the path is computed on the host", "a traced value")
+    x = np.asarray(x)
+    check(x.ndim >= 2 and len(x) >= 2, "x", "at least two examples `(n, *shape)`", f"shape {x.shape}")
+    check_finite("x", x)
+    # The floating dtype that JAX would give it.
+    dtype = jax.dtypes.canonicalize_dtype(x.dtype)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        dtype = jnp.result_type(float)
+    x = x.astype(dtype)
+    if len(x) <= _EXAMPLES:
+        return x
+    if key is None:
+        key = _fixed_key()
+    with jax.ensure_compile_time_eval():
+        rows = np.asarray(jr.permutation(jr.fold_in(key, 1), len(x))[:_EXAMPLES])
+    return x[rows]
+
+
+def _fixed_key() -> Key[Array, ""]:
+    """A key that no user draws data with."""
+    with jax.ensure_compile_time_eval():
+        return jr.fold_in(jr.key(0), 0x6B6F)
+
+
+def _speed(mmse: Callable[[np.ndarray], ArrayLike], psi: np.ndarray) -> np.ndarray:
     """The factor `g` at angles strictly inside the quarter circle."""
     error = np.asarray(mmse(np.tan(psi)), np.float64)
     check(error.shape == psi.shape, "mmse", "a function that acts on each level by itself", f"shape {error.shape}")
     check_finite("mmse", error)
-    inside = bool((error >= -1e-9).all() and (error <= 1 + 1e-6).all())
-    check(inside, "mmse", "between 0 and 1, a fraction of the second moment", f"{error.min():g} to {error.max():g}")
+    # Estimates and rounding may leave [0, 1] by a little.
+    if not ((error >= -1e-9).all() and (error <= 1 + 1e-6).all()):
+        raise ValueError(
+            f"`mmse` must be between 0 and 1, a fraction of the second moment; got {error.min():g} to {error.max():g}."
+        )
     return np.sqrt(np.clip(1 - error / np.sin(psi) ** 2, _SLOWEST**2, 1))

@@ -1,6 +1,6 @@
 """Consistency models: one network that takes any noisy example to the start of its trajectory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -8,17 +8,18 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import optax
 from jaxtyping import Array, ArrayLike, Float, Inexact, Key, PyTree
 
-from genkit._core import Denoiser, Objective, Phase, Recipe, fit, model_updates
-from genkit._core._checks import check, check_choice, check_count, check_interval, check_positive, describe
+from genkit._core._checks import check, check_choice, check_count, check_interval, check_positive, fail
 from genkit._core._fields import FROZEN, as_number
-from genkit.guidance import Guided
-
-from ._distill import Conditions, Distilled
-from ._losses import frozen
-from ._objectives import cosine_adam
-from ._ratios import spread
+from genkit.distill._distill import Conditions, Distilled
+from genkit.distill._facts import Drawable, declared, under_guidance
+from genkit.distill._losses import frozen
+from genkit.distill._objectives import cosine_adam
+from genkit.distill._ratios import spread
+from genkit.sampling import Denoiser, Guidance
+from genkit.training import Objective, Phase, Recipe, fit, model_updates
 
 
 class ConsistencyModel(Denoiser):
@@ -43,7 +44,7 @@ class ConsistencyModel(Denoiser):
     Source: Song et al., "Consistency Models", ICML 2023, equation 5 and appendix C.
     """
 
-    net: Callable
+    net: Callable[..., Array]
     sigma_data: Float[Array, ""] = eqx.field(converter=as_number, default=1.0, metadata=FROZEN)
     sigma_min: Float[Array, ""] = eqx.field(converter=as_number, default=0.0, metadata=FROZEN)
 
@@ -54,23 +55,25 @@ class ConsistencyModel(Denoiser):
     @property
     def shape(self) -> tuple[int, ...] | None:
         """Shape of one example, where the network knows it."""
-        return getattr(self.net, "shape", None)
+        return declared(self.net, "shape", None)
 
     @property
     def num_labels(self) -> int | None:
         """Number of classes, where the network is conditioned on labels."""
-        return getattr(self.net, "num_labels", None)
+        return declared(self.net, "num_labels", None)
 
     def __call__(
-        self, x: Inexact[ArrayLike, " *shape"], sigma: Float[ArrayLike, ""], cond: Any = None
+        self, x: Inexact[ArrayLike, " *shape"], sigma: Float[ArrayLike, ""], cond: PyTree = None
     ) -> Inexact[Array, " *shape"]:
         """The start of the trajectory through `x` at noise level `sigma`."""
         x = as_number(x)
-        data, least = self.sigma_data.astype(x.dtype), self.sigma_min.astype(x.dtype)
+        spread_of_data = self.sigma_data.astype(x.dtype)
+        least = self.sigma_min.astype(x.dtype)
         sigma = jnp.maximum(jnp.asarray(sigma, x.dtype), least)
         level = jnp.where(sigma == 0, 1, sigma)  # the network counts for nothing there
-        scale = jax.lax.rsqrt(sigma**2 + data**2)
-        skip, out = data**2 / ((sigma - least) ** 2 + data**2), (sigma - least) * data * scale
+        scale = jax.lax.rsqrt(sigma**2 + spread_of_data**2)
+        skip = spread_of_data**2 / ((sigma - least) ** 2 + spread_of_data**2)
+        out = (sigma - least) * spread_of_data * scale
         return skip * x + out * self.net(scale * x, jnp.log(level) / 4, cond)
 
 
@@ -88,16 +91,16 @@ class Pair(eqx.Module):
         True
     """
 
-    student: Any
-    target: Any = eqx.field(default=None, metadata=FROZEN)
-    teacher: Any = eqx.field(default=None, metadata=FROZEN)
+    student: Callable[..., Array]
+    target: Callable[..., Array] | None = eqx.field(default=None, metadata=FROZEN)
+    teacher: Callable[..., Array] | None = eqx.field(default=None, metadata=FROZEN)
 
     @property
     def shape(self) -> tuple[int, ...] | None:
         """Shape of one example, where the student knows it."""
-        return getattr(self.student, "shape", None)
+        return declared(self.student, "shape", None)
 
-    def __call__(self, x: Array, sigma: Any, cond: Any = None) -> Array:
+    def __call__(self, x: Array, sigma: Float[ArrayLike, ""], cond: PyTree = None) -> Array:
         """The student."""
         return self.student(x, sigma, cond)
 
@@ -132,10 +135,11 @@ class ConsistencyObjective(Objective):
     def __check_init__(self):
         check_choice("metric", self.metric, ("huber", "l2"))
 
-    def _neighbor(self, teacher: Any, x: Array, high: Array, low: Array, cond: Any) -> Array:
+    def _neighbor(self, teacher: Callable[..., Array], x: Array, high: Array, low: Array, cond: PyTree) -> Array:
         """One Heun step of the probability flow for one example; Euler to noise level 0."""
         slope = (x - teacher(x, high, cond)) / high
         euler = x + (low - high) * slope
+        # Both branches of a `where` are differentiated: the one not taken must not divide by zero.
         level = jnp.where(low > 0, low, 1)
         heun = x + (low - high) * 0.5 * (slope + (euler - teacher(euler, level, cond)) / level)
         return jnp.where(low > 0, heun, euler)
@@ -143,13 +147,15 @@ class ConsistencyObjective(Objective):
     def __call__(self, model: Pair, batch: PyTree, *, key: Key[Array, ""]) -> tuple[Float[Array, ""], dict[str, Any]]:
         """Estimate the loss on a batch of examples and conditions; see `gk.Objective`."""
         key_level, key_noise = jr.split(key)
-        x0, cond = batch if isinstance(batch, tuple) else (batch, None)
+        x0, cond = _split(batch)
         grid = self.grid.astype(x0.dtype)
-        size, pairs = x0.shape[0], grid.shape[0] - 1
+        size = x0.shape[0]
+        pairs = grid.shape[0] - 1
         key_shift, key_order = jr.split(key_level)
         place = (jr.uniform(key_shift) + jnp.arange(size) / size) % 1  # even over the pairs
         index = jnp.minimum((jr.permutation(key_order, place) * pairs).astype(jnp.int32), pairs - 1)
-        high, low = grid[index], grid[index + 1]
+        high = grid[index]
+        low = grid[index + 1]
         noise = jr.normal(key_noise, x0.shape, x0.dtype)
         x_high = x0 + spread(high, x0) * noise
         if model.teacher is None:
@@ -157,32 +163,55 @@ class ConsistencyObjective(Objective):
         else:
             teacher = frozen(model.teacher)
             x_low = jax.vmap(lambda x, h, l, c: self._neighbor(teacher, x, h, l, c))(x_high, high, low, cond)
-        maker = frozen(model.student if model.target is None else model.target)
-        run = lambda net, x, s: jax.vmap(lambda y, t, c: net(y, t, c))(x, s, cond)
-        wanted = jax.lax.stop_gradient(run(maker, x_low, low))
-        squares = jnp.sum((run(model.student, x_high, high) - wanted).reshape(size, -1) ** 2, axis=1)
+        maker = model.target
+        if maker is None:
+            maker = model.student
+        wanted = jax.lax.stop_gradient(_on_batch(frozen(maker), x_low, low, cond))
+        got = _on_batch(model.student, x_high, high, cond)
+        squares = jnp.sum((got - wanted).reshape(size, -1) ** 2, axis=1)
+        distance = squares
         if self.metric == "huber":
+            # Smooth at zero, where the gradient of a norm is not defined.
             least = 0.00054 * np.sqrt(x0[0].size)
             distance = jnp.sqrt(squares + least**2) - least
-        else:
-            distance = squares
         value = jnp.mean(distance / (high - low))
         aux: dict[str, Any] = {"residual": jnp.mean(squares)}
         if model.target is not None:
-            keep = jnp.asarray(0.0 if self.decay is None else self.decay, x0.dtype)
-            mix = lambda t, s: keep.astype(t.dtype) * t + (1 - keep.astype(t.dtype)) * s
-            fresh = jax.tree.map(
-                lambda t, s: mix(t, s) if eqx.is_inexact_array(t) else t, model.target, frozen(model.student)
-            )
+            fresh = self._averaged(model.target, frozen(model.student), x0.dtype)
             aux["updates"] = model_updates(model, lambda m: m.target, fresh)
         return value, aux
+
+    def _averaged(self, target: PyTree, student: PyTree, dtype: jnp.dtype) -> PyTree:
+        """The moving average of the student after one more step."""
+        keep = jnp.zeros((), dtype)
+        if self.decay is not None:
+            keep = self.decay.astype(dtype)
+
+        def mix(old: PyTree, new: PyTree) -> PyTree:
+            if not eqx.is_inexact_array(old):
+                return old
+            share = keep.astype(old.dtype)
+            return share * old + (1 - share) * new
+
+        return jax.tree.map(mix, target, student)
+
+
+def _split(batch: PyTree) -> tuple[Array, PyTree]:
+    """Examples and conditions of a batch."""
+    if isinstance(batch, tuple):
+        return batch
+    return batch, None
+
+
+def _on_batch(net: Callable[..., Array], x: Array, sigma: Array, cond: PyTree) -> Array:
+    return jax.vmap(lambda y, t, c: net(y, t, c))(x, sigma, cond)
 
 
 class TeacherData(eqx.Module):
     """Batches drawn from an analytic teacher, with their conditions.
 
     Args:
-        teacher: a law with `sample`.
+        teacher: a denoiser with `sample`.
         conditions: batches of conditions.
 
     Example:
@@ -193,7 +222,7 @@ class TeacherData(eqx.Module):
         (4, 2)
     """  # noqa: E501
 
-    teacher: Any
+    teacher: Drawable
     conditions: Conditions
 
     def __call__(self, key: Key[Array, ""]) -> tuple[Array, PyTree]:
@@ -203,23 +232,23 @@ class TeacherData(eqx.Module):
         return self.teacher.sample(self.conditions.batch_size, cond=cond, key=key_x), cond
 
 
-def _student(model: Pair) -> Any:
+def _student(model: Pair) -> PyTree:
     return model.student
 
 
 def consistency(
-    teacher: Any,
-    student: Callable,
+    teacher: Callable[..., Array] | None,
+    student: Callable[..., Array],
     *,
-    grid: Any,
+    grid: Sequence[float] | np.ndarray | Array,
     num_steps: int,
     key: Key[Array, ""],
-    data: Any = None,
-    guidance: Any = None,
-    cond: Any = None,
+    data: Callable[..., PyTree] | None = None,
+    guidance: Guidance | None = None,
+    cond: PyTree = None,
     metric: str = "huber",
     target_decay: float | None = None,
-    optimizer: Any = None,
+    optimizer: optax.GradientTransformation | None = None,
     batch_size: int = 256,
     ema: float | None = None,
 ) -> Distilled:
@@ -259,39 +288,42 @@ def consistency(
         (2,)
     """
     grid = np.asarray(grid, np.float64)
-    falls = grid.ndim == 1 and grid.size >= 2 and bool(np.all(np.diff(grid) < 0)) and grid[-1] >= 0
-    check(falls, "grid", "noise levels that descend, at least two, none negative", describe(grid))
+    descends = grid.ndim == 1 and grid.size >= 2 and bool(np.all(np.diff(grid) < 0)) and grid[-1] >= 0
+    check(descends, "grid", "noise levels that descend, at least two, none negative", grid)
     check_count("num_steps", num_steps)
     if data is None:
-        can = hasattr(teacher, "sample")
-        check(can, "data", "given, because the teacher has no `sample`", "None", "Pass `gk.data.Batches(x, n)`.")
+        if not isinstance(teacher, Drawable):
+            hint = "Pass `gk.data.Batches(x, n)`."
+            fail("data", "given, because the teacher has no `sample`", "None", hint)
         data = TeacherData(teacher, Conditions(cond, batch_size))
-    followed = teacher if guidance is None else Guided(teacher, guidance, forget=True)
-    model = Pair(student, None if target_decay is None else student, followed)
+    if teacher is not None:
+        teacher = under_guidance(teacher, guidance)
+    target = None
+    decay = None
+    if target_decay is not None:
+        target = student
+        decay = as_number(target_decay)
     _check_boundary(student, data, float(grid[-1]))
-    decay = None if target_decay is None else as_number(target_decay)
+    model = Pair(student, target, teacher)
     objective = ConsistencyObjective(jnp.asarray(grid), metric, decay)
-    optimizer = cosine_adam(1e-3, num_steps) if optimizer is None else optimizer
-    phase = Phase(objective, optimizer, where=_student)
-    recipe = Recipe(
-        lambda key: model, data, phase, num_steps, ema=ema, log_every=min(num_steps, 500), name="consistency"
-    )
-    fitted = fit(recipe, key=key)
-    return Distilled(fitted.model.student, fitted.ema.student, dict(fitted.log), fitted)
+    phase = Phase(objective, optimizer or cosine_adam(1e-3, num_steps), where=_student)
+    log_every = min(num_steps, 500)
+    recipe = Recipe(lambda key: model, data, phase, num_steps, ema=ema, log_every=log_every, name="consistency")
+    return Distilled.of_training(fit(recipe, key=key))
 
 
-def _check_boundary(student: Any, data: Any, least: float) -> None:
+def _check_boundary(student: Callable[..., Array], data: Callable[..., PyTree], least: float) -> None:
     """Refuse a student whose output is of another shape, or not its input at the smallest noise level."""
 
-    def look(student, data):
-        drawn = data(jr.key(0))
-        x, cond = drawn if isinstance(drawn, tuple) else (drawn, None)
+    def first(student: Callable[..., Array], data: Callable[..., PyTree]) -> tuple[Array, Array]:
+        x, cond = _split(data(jr.key(0)))
         cond = jax.tree.map(lambda leaf: leaf[0], cond)
         return x[0], student(x[0], jnp.asarray(least, x.dtype), cond)
 
-    x, y = eqx.filter_jit(look)(student, data)
-    check(y.shape == x.shape, "student", f"a function that keeps the shape {x.shape} of the data", f"shape {y.shape}")
+    x, y = eqx.filter_jit(first)(student, data)
+    if y.shape != x.shape:
+        fail("student", f"a function that keeps the shape {x.shape} of the data", f"shape {y.shape}")
     error = float(jnp.max(jnp.abs(y - x)))
-    hint = "Wrap the network in ConsistencyModel(net, sigma_data, sigma_min=grid[-1])."
-    same = error <= 1e-3 * (1 + float(jnp.max(jnp.abs(x))))
-    check(same, "student", f"the identity at noise level {least:g}", f"an output off by {error:.3g}", hint)
+    if not error <= 1e-3 * (1 + float(jnp.max(jnp.abs(x)))):
+        hint = "Wrap the network in ConsistencyModel(net, sigma_data, sigma_min=grid[-1])."
+        fail("student", f"the identity at noise level {least:g}", f"an output off by {error:.3g}", hint)

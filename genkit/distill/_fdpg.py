@@ -8,14 +8,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpyro.distributions as dist
+import optax
 from jaxtyping import Array, ArrayLike, Float, Int, Key, PyTree
 
-from genkit._core import Objective, Phase, Recipe, model_updates
 from genkit._core._checks import check, check_count, check_interval
 from genkit._core._fields import FROZEN, as_number
+from genkit.distill._objectives import cosine_adam
 from genkit.divergence import FDivergence, diagnose
-
-from ._objectives import cosine_adam
+from genkit.training import Objective, Phase, Recipe, model_updates
 
 
 def fdpg(
@@ -64,14 +65,18 @@ def fdpg(
     policy = jnp.asarray(policy_log_prob)
     target = jnp.asarray(target_log_prob, policy.dtype)
     seen = jax.lax.stop_gradient(policy)
-    proposal = seen if proposal_log_prob is None else jnp.asarray(proposal_log_prob, policy.dtype)
+    proposal = seen
+    if proposal_log_prob is not None:
+        proposal = jnp.asarray(proposal_log_prob, policy.dtype)
     for name, value in (("target_log_prob", target), ("proposal_log_prob", proposal)):
-        check(value.shape == policy.shape, name, f"of shape {policy.shape}, as `policy_log_prob`", f"{value.shape}")
+        fits = value.shape == policy.shape
+        check(fits, name, lambda: f"of shape {policy.shape}, as `policy_log_prob`", value)
     if log_z is None:
         log_z = log_mean_exp(target - proposal)
     u = jax.lax.stop_gradient(target - jnp.asarray(log_z, policy.dtype) - seen)
     if baseline is None:
         baseline = divergence.reward(jnp.zeros((), u.dtype))
+    # One on policy; importance weights of draws that came from elsewhere.
     weight = jnp.exp(seen - jax.lax.stop_gradient(proposal))
     surrogate = -jnp.mean(weight * (divergence.reward(u) - jnp.asarray(baseline, u.dtype)) * policy)
     value = jnp.mean(weight * divergence.phi(u))
@@ -84,7 +89,7 @@ def log_mean_exp(values: Array) -> Array:
 
 
 class AbstractPolicy(eqx.Module):
-    """A law that can be drawn from and evaluated, for f-DPG."""
+    """A distribution that can be drawn from and evaluated, for f-DPG."""
 
     @abc.abstractmethod
     def sample(self, num_samples: int, *, key: Key[Array, ""]) -> Array:
@@ -111,10 +116,10 @@ class AbstractPolicy(eqx.Module):
 
 
 class LawPolicy(AbstractPolicy):
-    """A policy given by a numpyro law of its parameters: categorical, binomial, Gaussian, ...
+    """A policy given by a numpyro distribution of its parameters: categorical, binomial, Gaussian, ...
 
     Args:
-        make: function from the parameters to a numpyro law.
+        make: function from the parameters to a numpyro distribution.
         params: the parameters, any tree of arrays.
 
     Example:
@@ -125,15 +130,13 @@ class LawPolicy(AbstractPolicy):
         ((5,), -1.099)
     """
 
-    make: Callable = eqx.field(static=True)
+    make: Callable[..., dist.Distribution] = eqx.field(static=True)
     params: PyTree[Array]
 
     def sample(self, num_samples: int, *, key: Key[Array, ""]) -> Array:
-        """Draw; see `AbstractPolicy`."""
         return self.make(self.params).sample(key, (num_samples,))
 
     def log_prob(self, x: Array) -> Float[Array, ""]:
-        """Log-probability; see `AbstractPolicy`."""
         return jnp.sum(self.make(self.params).log_prob(x))
 
 
@@ -168,29 +171,30 @@ class AutoregressivePolicy(AbstractPolicy):
         head = eqx.nn.Linear(width, num_tokens, key=key_head)
         zeros = jnp.zeros_like(head.weight), jnp.zeros(num_tokens)  # uniform at first
         self.head = eqx.tree_at(lambda layer: (layer.weight, layer.bias), head, zeros)
-        self.num_tokens, self.length = num_tokens, length
+        self.num_tokens = num_tokens
+        self.length = length
 
     def _advance(self, state: Array, token: Array) -> tuple[Array, Array]:
         state = self.cell(jax.nn.one_hot(token, self.num_tokens + 1), state)
         return state, jax.nn.log_softmax(self.head(state))
 
     def sample(self, num_samples: int, *, key: Key[Array, ""]) -> Int[Array, " n length"]:
-        """Draw; see `AbstractPolicy`."""
 
-        def step(carry, noise):
+        def step(carry: tuple[Array, Array], noise: Array) -> tuple[tuple[Array, Array], Array]:
             state, token = carry
             state, logits = self._advance(state, token)
             token = jnp.argmax(logits + noise)
             return (state, token), token
 
-        def one(noise):
+        def one(noise: Array) -> Array:
+            # The token after the vocabulary's last stands for the beginning. The greatest of logits under Gumbel noise
+            # is a draw of their categorical distribution.
             begin = jnp.zeros(self.cell.hidden_size), jnp.asarray(self.num_tokens)
             return jax.lax.scan(step, begin, noise)[1]
 
         return jax.vmap(one)(jr.gumbel(key, (num_samples, self.length, self.num_tokens)))
 
     def log_prob(self, x: Int[Array, " length"]) -> Float[Array, ""]:
-        """Log-probability; see `AbstractPolicy`."""
         before = jnp.concatenate([jnp.asarray([self.num_tokens]), x[:-1]])
         begin = jnp.zeros(self.cell.hidden_size)
         logits = jax.lax.scan(lambda state, token: self._advance(state, token), begin, before)[1]
@@ -243,7 +247,7 @@ class FDPG(Objective):
     """
 
     divergence: FDivergence
-    target: Callable
+    target: Callable[[Array], Array]
     num_draws: int = eqx.field(static=True, default=256)
     decay: Float[Array, ""] = eqx.field(converter=as_number, default=0.95)
 
@@ -255,17 +259,21 @@ class FDPG(Objective):
         self, model: Tracked, batch: PyTree, *, key: Key[Array, ""]
     ) -> tuple[Float[Array, ""], dict[str, Any]]:
         """Estimate the loss; see `gk.Objective`. The batch is not used."""
+        # The score-function gradient knows nothing of how draws move with the parameters.
         x = jax.lax.stop_gradient(model.policy.sample(self.num_draws, key=key))
         policy = jax.vmap(model.policy.log_prob)(x)
         seen = jax.lax.stop_gradient(policy)
         target = jax.vmap(self.target)(x).astype(policy.dtype)
-        mine, first = log_mean_exp(target - seen), model.count == 0
+        mine = log_mean_exp(target - seen)
+        # Nothing ran before the first step: it stands on its own draws.
+        first = model.count == 0
         log_z = jnp.where(first, mine, model.log_z.astype(mine.dtype))
         u = target - log_z - seen
         rewards = self.divergence.reward(u)
         at_one = self.divergence.reward(jnp.zeros((), u.dtype))
         baseline = jnp.where(first, at_one, model.baseline.astype(u.dtype))
         value = fdpg(policy, target, divergence=self.divergence, log_z=log_z, baseline=baseline)
+        # In logarithms: P / pi may be beyond any float.
         keep = jnp.where(first, 0, self.decay.astype(u.dtype))
         fresh = (
             jnp.logaddexp(jnp.log(keep) + log_z, jnp.log1p(-keep) + mine).astype(model.log_z.dtype),
@@ -273,8 +281,9 @@ class FDPG(Objective):
             model.count + 1,
         )
         updates = model_updates(model, lambda m: (m.log_z, m.baseline, m.count), fresh)
-        report = {"divergence": jax.lax.stop_gradient(value), "log_z": log_z}
-        return value, report | {"ess": diagnose(u, jnp.exp(jnp.minimum(u, 80.0)))["ess"], "updates": updates}
+        weights = jnp.exp(jnp.minimum(u, 80.0))  # float32 ends at e^88
+        aux = {"divergence": jax.lax.stop_gradient(value), "log_z": log_z, "ess": diagnose(u, weights)["ess"]}
+        return value, aux | {"updates": updates}
 
 
 def _policy(model: Tracked) -> AbstractPolicy:
@@ -290,12 +299,12 @@ class _Nothing(eqx.Module):
 
 def policy_recipe(
     policy: AbstractPolicy,
-    target: Callable,
+    target: Callable[[Array], Array],
     *,
     divergence: FDivergence,
     num_steps: int,
     num_draws: int = 256,
-    optimizer: Any = None,
+    optimizer: optax.GradientTransformation | None = None,
     decay: Float[ArrayLike, ""] | float = 0.95,
     name: str = "fdpg",
 ) -> Recipe:
@@ -325,6 +334,5 @@ def policy_recipe(
     """  # noqa: E501
     check(isinstance(policy, AbstractPolicy), "policy", "a policy, such as LawPolicy", type(policy).__name__)
     check(callable(target), "target", "a function `x -> log P(x)`", target)
-    optimizer = cosine_adam(2e-2, num_steps) if optimizer is None else optimizer
-    phase = Phase(FDPG(divergence, target, num_draws, decay), optimizer, where=_policy)
+    phase = Phase(FDPG(divergence, target, num_draws, decay), optimizer or cosine_adam(2e-2, num_steps), where=_policy)
     return Recipe(lambda key: Tracked(policy), _Nothing(), phase, num_steps, name=name)

@@ -8,24 +8,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, ArrayLike, Float, Key, PyTree
 
-from genkit._core import null_like
-from genkit._core._checks import check, check_choice, check_count, check_positive, is_concrete
+from genkit._core._checks import check, check_choice, check_count, check_positive, fail, is_concrete
 from genkit._core._fields import as_number
+from genkit.distill._model import Distillation
+from genkit.distill._ratios import AbstractRatio, NoisyBatch, NoRatio, denoised, spread
 from genkit.divergence import FDivergence, ReverseKL, diagnose, rank_bins, self_normalize
-
-from ._model import Distillation
-from ._ratios import AbstractRatio, Noised, NoRatio, denoised, spread
+from genkit.sampling import null_like
 
 
-def frozen(tree: Any) -> Any:
+def frozen(tree: PyTree) -> PyTree:
     """A tree whose arrays have no gradient."""
-    return jax.tree.map(lambda x: jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, tree)
+    arrays, rest = eqx.partition(tree, eqx.is_inexact_array)
+    return eqx.combine(jax.lax.stop_gradient(arrays), rest)
 
 
 def pushed(direction: Array, x: Array, value: Array) -> Array:
     """A scalar whose value is `value` and whose gradient in `x` is `direction` over the batch size."""
+    # The surrogate adds nothing to the value and the direction to the gradient.
     surrogate = jnp.sum(jax.lax.stop_gradient(direction) * x) / x.shape[0]
     return jax.lax.stop_gradient(value) + surrogate - jax.lax.stop_gradient(surrogate)
 
@@ -33,8 +34,17 @@ def pushed(direction: Array, x: Array, value: Array) -> Array:
 class AbstractLoss(eqx.Module):
     """A loss of the student on a batch under noise. Losses add up, and take factors: `FDistill(...) + 0.01 * Adversarial()`."""  # noqa: E501
 
+    @property
+    def terms(self) -> "tuple[AbstractLoss, ...]":
+        """The losses of which this one is the sum: itself, unless it is a combination."""
+        return (self,)
+
+    def ratios(self) -> tuple[AbstractRatio, ...]:
+        """The log-ratios of teacher and student that the loss uses."""
+        return ()
+
     @abc.abstractmethod
-    def __call__(self, model: Distillation, batch: Noised, *, key: Key[Array, ""]) -> tuple[Array, dict[str, Any]]:
+    def __call__(self, model: Distillation, batch: NoisyBatch, *, key: Key[Array, ""]) -> tuple[Array, dict[str, Any]]:
         """Evaluate on a batch.
 
         Args:
@@ -48,17 +58,19 @@ class AbstractLoss(eqx.Module):
 
     @abc.abstractmethod
     def needs(self) -> tuple[bool, bool]:
-        """Whether it needs a denoiser of the student's law, and a discriminator."""
+        """Two flags: the loss needs a denoiser of the student's distribution; it needs a discriminator."""
 
     def __add__(self, other: "AbstractLoss") -> "AbstractLoss":
         """The sum of two losses."""
-        return SumLoss((self, other), jnp.ones(2)) if isinstance(other, AbstractLoss) else NotImplemented
+        if not isinstance(other, AbstractLoss):
+            return NotImplemented
+        return SumLoss((self, other), jnp.ones(2))
 
-    def __mul__(self, factor: Any) -> "AbstractLoss":
+    def __mul__(self, factor: ArrayLike) -> "AbstractLoss":
         """A multiple."""
         return SumLoss((self,), jnp.asarray(factor, float)[None])
 
-    def __rmul__(self, factor: Any) -> "AbstractLoss":
+    def __rmul__(self, factor: ArrayLike) -> "AbstractLoss":
         """A multiple."""
         return self * factor
 
@@ -79,9 +91,17 @@ class SumLoss(AbstractLoss):
     parts: tuple[AbstractLoss, ...]
     factors: Float[Array, " k"]
 
-    def __call__(self, model: Distillation, batch: Noised, *, key: Key[Array, ""]) -> tuple[Array, dict[str, Any]]:
-        """See `AbstractLoss`."""
-        total, found = jnp.zeros((), batch.x.dtype), {}
+    @property
+    def terms(self) -> tuple[AbstractLoss, ...]:
+        """The losses of which this one is the sum, sums taken apart."""
+        return tuple(term for part in self.parts for term in part.terms)
+
+    def ratios(self) -> tuple[AbstractRatio, ...]:
+        return tuple(ratio for part in self.parts for ratio in part.ratios())
+
+    def __call__(self, model: Distillation, batch: NoisyBatch, *, key: Key[Array, ""]) -> tuple[Array, dict[str, Any]]:
+        total = jnp.zeros((), batch.x.dtype)
+        found = {}
         for i, part in enumerate(self.parts):
             value, aux = part(model, batch, key=jax.random.fold_in(key, i))
             total = total + self.factors[i].astype(value.dtype) * value
@@ -89,7 +109,6 @@ class SumLoss(AbstractLoss):
         return total, found
 
     def needs(self) -> tuple[bool, bool]:
-        """What any part needs."""
         each = [part.needs() for part in self.parts]
         return any(own for own, _ in each), any(critic for _, critic in each)
 
@@ -139,64 +158,81 @@ class FDistill(AbstractLoss):
         if not is_concrete(weights):
             return
         weights = np.asarray(weights)
-        got = f"weight {weights[1]:g}"
-        hint = "Its gradient vanishes, or is not defined, where student and teacher agree."
-        check(
-            bool(np.isfinite(weights[1]) and weights[1] > 0), "divergence", "of positive weight at ratio 1", got, hint
-        )
-        flat = bool(np.ptp(weights) < 1e-6 * weights[1])
-        hint = "The weight depends on the ratio: pass ExactRatio(), EmpiricalRatio(), ScoreRatio(...) or "
-        hint += "DiscriminatorRatio(net)."
-        known = flat or not isinstance(self.ratio, NoRatio)
-        check(known, "ratio", f"given with {type(self.divergence).__name__}", "none", hint)
+        if not (np.isfinite(weights[1]) and weights[1] > 0):
+            hint = "Its gradient vanishes, or is not defined, where student and teacher agree."
+            fail("divergence", "of positive weight at ratio 1", f"weight {weights[1]:g}", hint)
+        is_constant = bool(np.ptp(weights) < 1e-6 * weights[1])
+        if isinstance(self.ratio, NoRatio) and not is_constant:
+            hint = (
+                "The weight depends on the ratio: pass ExactRatio(), EmpiricalRatio(), ScoreRatio(...) or "
+                "DiscriminatorRatio(net)."
+            )
+            fail("ratio", f"given with {type(self.divergence).__name__}", "none", hint)
 
     def needs(self) -> tuple[bool, bool]:
-        """What the ratio needs."""
-        net = getattr(self.ratio, "net", None)
-        return self.ratio.needs_own, net is not None or hasattr(self.ratio, "smoothness")
+        return self.ratio.needs_own, self.ratio.needs_discriminator
 
-    def __call__(self, model: Distillation, batch: Noised, *, key: Key[Array, ""]) -> tuple[Array, dict[str, Any]]:
+    def ratios(self) -> tuple[AbstractRatio, ...]:
+        return (self.ratio,)
+
+    def __call__(self, model: Distillation, batch: NoisyBatch, *, key: Key[Array, ""]) -> tuple[Array, dict[str, Any]]:
         """See `AbstractLoss`; by-products are `divergence`, `ess`, `clipped`, `mean_ratio`, `gap`, and where known
         `de_bruijn` (the divergence from scores alone) and `lag` (the fake denoiser's own share of the gap).
         """
         known = frozen(model)
+        # The pathwise gradient holds ratio, scores and draws fixed; only `pushed` sees the student.
         seen = batch._replace(x_t=jax.lax.stop_gradient(batch.x_t), x=jax.lax.stop_gradient(batch.x))
         found = self.ratio(known, seen, key=key)
-        u, bins = found.u, self.num_bins
-        if bins is None:
-            bins = 0 if self.ratio.exact and model.guidance is None else min(10, u.shape[0] // 8)
-        raw = u
-        if bins > 0 and not isinstance(self.ratio, NoRatio):
-            u = self_normalize(u, rank_bins(batch.sigma, bins), bins)
+        has_ratio = not isinstance(self.ratio, NoRatio)
+        num_bins = self._bins(model, found.u.shape[0])
+        u = found.u
+        if num_bins > 0 and has_ratio:
+            u = self_normalize(u, rank_bins(batch.sigma, num_bins), num_bins)
         limit = self.max_log_ratio.astype(u.dtype)
         clipped = jnp.clip(u, -limit, limit)
+        # Divided by the weight at ratio 1, all divergences take steps of one size where student and teacher agree.
         scale = 1 / self.divergence.weight(jnp.zeros((), u.dtype))
         h = scale * self.divergence.weight(clipped)
         direction = -spread(batch.weight * h, batch.x) * found.gap
         if self.scaling == "dmd":
-            error = jnp.abs(seen.x - denoised(known.target, seen))
-            size = jnp.mean(error.reshape(error.shape[0], -1), axis=1)
-            direction = direction * spread(batch.sigma**2 / jnp.maximum(size, 1e-6), batch.x)
+            direction = direction * self._dmd_scale(known, seen)
         squares = jnp.sum(found.gap.reshape(found.gap.shape[0], -1) ** 2, axis=1)
-        aux = diagnose(u, h, limit) | {"mean_ratio": jnp.mean(jnp.exp(jnp.clip(raw, -limit, limit)))}
-        aux |= {"gap": jnp.mean(batch.sigma**2 * squares)}
+        aux = diagnose(u, h, limit)
+        aux["mean_ratio"] = jnp.mean(jnp.exp(jnp.clip(found.u, -limit, limit)))
+        aux["gap"] = jnp.mean(batch.sigma**2 * squares)
         if batch.density is not None:
             aux["de_bruijn"] = jnp.mean(batch.sigma * h * squares / batch.density)
         if found.own is not None:
             aux["lag"] = _lag(found.own, found.gap, seen)
-        if isinstance(self.ratio, NoRatio):
-            value = aux.get("de_bruijn", aux["gap"])
-        else:
+        if has_ratio:
             value = jnp.mean(batch.weight * scale * self.divergence.phi(clipped))
-        return pushed(direction, batch.x, value), aux | {"divergence": jax.lax.stop_gradient(value)}
+        else:
+            value = aux.get("de_bruijn", aux["gap"])
+        aux["divergence"] = jax.lax.stop_gradient(value)
+        return pushed(direction, batch.x, value), aux
+
+    def _bins(self, model: Distillation, batch_size: int) -> int:
+        """The number of bins of noise levels in which ratios are normalized; 0 for none."""
+        if self.num_bins is not None:
+            return self.num_bins
+        if self.ratio.exact and model.guidance is None:
+            return 0
+        return min(10, batch_size // 8)
+
+    def _dmd_scale(self, known: Distillation, seen: NoisyBatch) -> Array:
+        error = jnp.abs(seen.x - denoised(known.target, seen))
+        size = jnp.mean(error.reshape(error.shape[0], -1), axis=1)
+        # Where the teacher errs by nothing the step would be unbounded.
+        return spread(seen.sigma**2 / jnp.maximum(size, 1e-6), seen.x)
 
 
-def _lag(own: Array, gap: Array, batch: Noised) -> Array:
+def _lag(own: Array, gap: Array, batch: NoisyBatch) -> Array:
     """The share of the score gap that is the error of the student's denoiser: 0 for the true one.
 
     For the posterior mean D of x, E[(D - x) . g(x_t)] = 0 for every g; here g is the gap itself.
     """
     away = -gap * spread(batch.sigma, gap) ** 2
+    # Where the gap vanishes there is nothing to share.
     return jnp.sum((own - batch.x) * away) / jnp.maximum(jnp.sum(away**2), jnp.finfo(own.dtype).tiny)
 
 
@@ -204,7 +240,7 @@ def vsd() -> FDistill:
     """Variational score distillation, DMD's gradient and Diff-Instruct: the reverse KL, from the two scores.
 
     Returns:
-        `FDistill(ReverseKL())`; the noise law and weight make it the integral KL of Diff-Instruct.
+        `FDistill(ReverseKL())`; the noise distribution and the weight make it the integral KL of Diff-Instruct.
 
     Example:
         >>> import genkit as gk
@@ -243,17 +279,15 @@ class SDS(AbstractLoss):
     Source: Poole et al., "DreamFusion", ICLR 2023, equation 3.
     """
 
-    def __call__(self, model: Distillation, batch: Noised, *, key: Key[Array, ""]) -> tuple[Array, dict[str, Any]]:
-        """See `AbstractLoss`."""
+    def __call__(self, model: Distillation, batch: NoisyBatch, *, key: Key[Array, ""]) -> tuple[Array, dict[str, Any]]:
         seen = batch._replace(x_t=jax.lax.stop_gradient(batch.x_t))
-        gap = (denoised(frozen(model).target, seen) - jax.lax.stop_gradient(batch.x)) / spread(
-            batch.sigma, batch.x
-        ) ** 2
+        # A point mass at the clean draw stands for the student: its denoised example is the draw itself.
+        away = denoised(frozen(model).target, seen) - jax.lax.stop_gradient(batch.x)
+        gap = away / spread(batch.sigma, batch.x) ** 2
         value = jnp.mean(spread(batch.sigma, gap) ** 2 * gap**2)
         return pushed(-spread(batch.weight, gap) * gap, batch.x, value), {"gap": value}
 
     def needs(self) -> tuple[bool, bool]:
-        """Neither."""
         return False, False
 
 
@@ -277,12 +311,12 @@ class DSD(AbstractLoss):
     classifier: Float[Array, ""] = eqx.field(converter=as_number, default=1.0)
     variational: Float[Array, ""] = eqx.field(converter=as_number, default=1.0)
 
-    def __call__(self, model: Distillation, batch: Noised, *, key: Key[Array, ""]) -> tuple[Array, dict[str, Any]]:
-        """See `AbstractLoss`."""
+    def __call__(self, model: Distillation, batch: NoisyBatch, *, key: Key[Array, ""]) -> tuple[Array, dict[str, Any]]:
         check(batch.cond is not None, "cond", "given with DSD, which weighs what the condition changes", "None")
         known = frozen(model)
         seen = batch._replace(x_t=jax.lax.stop_gradient(batch.x_t))
-        given, null = denoised(known.teacher, seen), denoised(known.teacher, seen._replace(cond=null_like(batch.cond)))
+        given = denoised(known.teacher, seen)
+        null = denoised(known.teacher, seen._replace(cond=null_like(batch.cond)))
         gap = self.classifier * (given - null) + self.variational * (
             denoised(known.target, seen) - denoised(known.own, seen)
         )
@@ -291,7 +325,6 @@ class DSD(AbstractLoss):
         return pushed(-spread(batch.weight, gap) * gap, batch.x, value), {"gap": value}
 
     def needs(self) -> tuple[bool, bool]:
-        """A denoiser of the student."""
         return True, False
 
 
@@ -300,7 +333,7 @@ class SiD(AbstractLoss):
 
     Gradients flow through $x_t$ and both denoisers. With the true $D_q$: at $\alpha = 1/2$ the gradient is half that of
     $E_q|D_p - D_q|^2$; at $\alpha = 1$ it is half
-    that with the law of $x_t$ held fixed; other values extrapolate (the paper uses 1.2).
+    that with the distribution of $x_t$ held fixed; other values extrapolate (the paper uses 1.2).
 
     Args:
         alpha: the extrapolation.
@@ -315,16 +348,15 @@ class SiD(AbstractLoss):
 
     alpha: Float[Array, ""] = eqx.field(converter=as_number, default=1.0)
 
-    def __call__(self, model: Distillation, batch: Noised, *, key: Key[Array, ""]) -> tuple[Array, dict[str, Any]]:
-        """See `AbstractLoss`."""
+    def __call__(self, model: Distillation, batch: NoisyBatch, *, key: Key[Array, ""]) -> tuple[Array, dict[str, Any]]:
         known = frozen(model)
-        p, q = denoised(known.target, batch), denoised(known.own, batch)
+        p = denoised(known.target, batch)
+        q = denoised(known.own, batch)
         product = (p - q) * ((p - batch.x) - self.alpha * (p - q))
         value = jnp.mean(batch.weight * jnp.sum(product.reshape(product.shape[0], -1), axis=1))
         return value, {"gap": jnp.mean(jnp.sum(((p - q) / spread(batch.sigma, p)) ** 2)) / p.shape[0]}
 
     def needs(self) -> tuple[bool, bool]:
-        """A denoiser of the student."""
         return True, False
 
 
@@ -339,19 +371,17 @@ class Adversarial(AbstractLoss):
     Source: Sauer et al., "Adversarial Diffusion Distillation", ECCV 2024; Yin et al., NeurIPS 2024, section 4.3.
     """
 
-    def __call__(self, model: Distillation, batch: Noised, *, key: Key[Array, ""]) -> tuple[Array, dict[str, Any]]:
-        """See `AbstractLoss`."""
+    def __call__(self, model: Distillation, batch: NoisyBatch, *, key: Key[Array, ""]) -> tuple[Array, dict[str, Any]]:
         net = frozen(model.discriminator)
         u = jax.vmap(lambda x, s, c: net(x, s, c))(batch.x_t, batch.sigma, batch.cond)
         value = jnp.mean(jax.nn.softplus(-u))
         return value, {"adversarial": value}
 
     def needs(self) -> tuple[bool, bool]:
-        """A discriminator."""
         return False, True
 
 
-class Regression(AbstractLoss):
+class PairRegression(AbstractLoss):
     r"""Each latent to the teacher's own draw from it, $E\|G(z, c) - x(z, c)\|^2$ over a pool of pairs.
 
     It keeps what the teacher covers, and blurs where the teacher's map is steep: a start for the other losses, or a
@@ -359,30 +389,28 @@ class Regression(AbstractLoss):
 
     Example:
         >>> import genkit as gk
-        >>> gk.distill.Regression().needs()
+        >>> gk.distill.PairRegression().needs()
         (False, False)
 
     Source: Luhman and Luhman, "Knowledge Distillation in Iterative Generative Models for Improved Sampling Speed", 2021,
     equation 6; Yin et al., "One-step Diffusion with Distribution Matching Distillation", CVPR 2024, equation 9 (as a term).
     """  # noqa: E501
 
-    def __call__(self, model: Distillation, batch: Noised, *, key: Key[Array, ""]) -> tuple[Array, dict[str, Any]]:
-        """See `AbstractLoss`."""
+    def __call__(self, model: Distillation, batch: NoisyBatch, *, key: Key[Array, ""]) -> tuple[Array, dict[str, Any]]:
         z, x, cond = frozen(model.positives).rows(key, batch.x.shape[0])
         drawn = jax.vmap(lambda one, c: model.student(one, c))(z, cond)
         value = jnp.mean(jnp.sum((drawn - x).reshape(x.shape[0], -1) ** 2, axis=1))
         return value, {"regression": value}
 
     def needs(self) -> tuple[bool, bool]:
-        """Neither."""
         return False, False
 
 
-def density_of(law: Any, sigma: Array) -> Array | None:
-    """The density of noise levels under their law, where it has one."""
-    if isinstance(law, dist.Delta):
+def density_of(distribution: dist.Distribution, sigma: Array) -> Array | None:
+    """The density of noise levels under their distribution, where it has one."""
+    if isinstance(distribution, dist.Delta):
         return None
     try:
-        return jnp.exp(law.log_prob(sigma))
-    except NotImplementedError:  # numpyro laws that can only be drawn from
+        return jnp.exp(distribution.log_prob(sigma))
+    except NotImplementedError:  # numpyro distributions that can only be drawn from
         return None

@@ -1,7 +1,7 @@
-"""What is distilled from what: the student with its critics, and the guided teacher."""
+"""The parts of a distillation: the student with its critics, and the guided teacher."""
 
 from collections.abc import Callable
-from typing import Any, TypeGuard
+from typing import TypeGuard, cast
 
 import equinox as eqx
 import jax
@@ -10,20 +10,26 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
-from genkit._core import Context, Table, sample
-from genkit._core._checks import check
+from genkit._core._checks import check, fail
 from genkit._core._fields import FROZEN, maybe_number
+from genkit.distill._facts import Analytic, Drawable, KnowsItself, declared, own_denoiser, under_guidance
 from genkit.guidance import Guided, Linear
+from genkit.sampling import AbstractSampler, Context, Guidance, Slot, Table, sample
 
 
-def has_density(guidance: Any) -> TypeGuard[Linear]:
-    """Whether the guided prediction is the score of a law known up to a constant."""
-    plain = lambda slot: slot.loss is None and slot.ask is None and slot.cond != "asked"
-    return isinstance(guidance, Linear) and all(plain(slot) for slot in guidance.predictions)
+def has_density(guidance: PyTree) -> TypeGuard[Linear]:
+    """Return True if the guided prediction is the score of a density known up to a constant."""
+    return isinstance(guidance, Linear) and all(_is_plain(slot) for slot in guidance.predictions)
 
 
-def log_density(target: Any, x: Array, sigma: Array, cond: Any) -> Float[Array, ""]:
-    r"""Log-density of the law whose score a teacher's prediction is; under a guidance, up to a constant of the level.
+def _is_plain(slot: Slot) -> bool:
+    return slot.loss is None and slot.ask is None and slot.cond != "asked"
+
+
+def log_density(
+    target: Callable[..., Array], x: Array, sigma: Array, cond: PyTree, *, key: Key[Array, ""] | None = None
+) -> Float[Array, ""]:
+    r"""Log-density whose score a teacher's prediction is; under a guidance, up to a constant of the noise level.
 
     A weighted sum of the predictions of analytic denoisers is the score of the same sum of log-densities: for
     classifier-free guidance $w \log p(x \mid c) + (1 - w) \log p(x)$.
@@ -33,32 +39,42 @@ def log_density(target: Any, x: Array, sigma: Array, cond: Any) -> Float[Array, 
         x: noisy example.
         sigma: noise level.
         cond: condition.
+        key: typed PRNG key for weights that draw; those of guidances with a density do not.
 
     Returns:
         A scalar, under a guidance not normalized.
     """
     if not isinstance(target, Guided):
-        return target.log_density(x, sigma, cond)
-    guidance: Any = target.guidance
-    zero = jnp.zeros((), jnp.int32)
+        return cast("Analytic", target).log_density(x, sigma, cond)
+    guidance = cast("Linear", target.guidance)
+    if key is None:
+        key = jr.key(0)
     # What such weights may look at is the noise level: `Guided` refuses those that need a grid.
-    ctx = Context(x, sigma, sigma, sigma, zero, zero + 1, jnp.asarray(False), cond, jr.key(0))
+    ctx = Context.alone(x, sigma, cond=cond, key=key)
+    # Weights in the dtype of the example: a float64 scale must not widen the whole evaluation.
     weights = [weight(ctx).astype(x.dtype) for weight in guidance.weights]
+    shares = [1 - sum(weights, jnp.zeros((), x.dtype)), *weights]
     total = jnp.zeros((), x.dtype)
-    for slot, share in zip(guidance.predictions, [1 - sum(weights, total), *weights], strict=True):
-        law: Any = target.model if slot.net is None else slot.net
-        given = {"given": cond, "null": None}[slot.cond] if isinstance(slot.cond, str) else slot.cond
-        total = total + share * law.log_density(x, sigma, given)
+    for slot, share in zip(guidance.predictions, shares, strict=True):
+        denoiser = target.model if slot.net is None else slot.net
+        total = total + share * cast("Analytic", denoiser).log_density(x, sigma, _condition_of(slot, cond))
     return total
 
 
+def _condition_of(slot: Slot, cond: PyTree) -> PyTree:
+    """The condition that a slot names: the caller's, none, or its own."""
+    if isinstance(slot.cond, str):
+        return {"given": cond, "null": None}[slot.cond]
+    return slot.cond
+
+
 class Distillation(eqx.Module):
-    """All that a distillation holds: the student, its critics, the teacher.
+    """The model of a distillation: the student, its critics, the teacher.
 
     Args:
         student: the generator `(z, cond=None) -> x`, for one example.
         teacher: the denoiser that is distilled; never trained.
-        fake: a denoiser that learns the law of the student; `None` where the student knows its own.
+        fake: a denoiser that learns the distribution of the student; `None` where the student knows its own.
         discriminator: a network `(x, sigma, cond) -> log p/q`; `None` where the ratio is known otherwise.
         guidance: guidance of the teacher, or `None`.
         positives: `positives(key, n)` draws of the (guided) teacher, or `(draws, conditions)`; `None` asks the teacher.
@@ -72,50 +88,51 @@ class Distillation(eqx.Module):
         ((2,), (2,))
     """
 
-    student: Any
-    teacher: Any = eqx.field(metadata=FROZEN)
-    fake: Any = None
-    discriminator: Any = None
-    guidance: Any = eqx.field(default=None, metadata=FROZEN)
-    positives: Any = eqx.field(default=None, metadata=FROZEN)
+    student: Callable[..., Array]
+    teacher: Callable[..., Array] = eqx.field(metadata=FROZEN)
+    fake: Callable[..., Array] | None = None
+    discriminator: Callable[..., Array] | None = None
+    guidance: PyTree = eqx.field(default=None, metadata=FROZEN)
+    positives: Callable[..., PyTree] | None = eqx.field(default=None, metadata=FROZEN)
 
     @property
     def shape(self) -> tuple[int, ...] | None:
         """Shape of one example, where the teacher or the student knows it."""
-        own = getattr(self.teacher, "shape", None)
-        return own if own is not None else getattr(self.student, "shape", None)
+        own = declared(self.teacher, "shape", None)
+        if own is None:
+            own = declared(self.student, "shape", None)
+        return own
 
     @property
     def num_labels(self) -> int | None:
         """Number of classes, where the teacher knows it."""
-        return getattr(self.teacher, "num_labels", None)
+        return declared(self.teacher, "num_labels", None)
 
     @property
     def latent_shape(self) -> tuple[int, ...] | None:
         """Shape of the latent of the student, where it differs from the example's."""
-        return getattr(self.student, "latent_shape", None)
+        return declared(self.student, "latent_shape", None)
 
     @property
     def num_evaluations(self) -> int:
         """Network evaluations of one draw of the student."""
-        return getattr(self.student, "num_evaluations", 1)
+        return declared(self.student, "num_evaluations", 1)
 
-    def __call__(self, z: Float[Array, "..."], cond: Any = None) -> Float[Array, "..."]:
+    def __call__(self, z: Float[Array, "..."], cond: PyTree = None) -> Float[Array, "..."]:
         """One draw of the student from its latent."""
         return self.student(z, cond)
 
     @property
-    def target(self) -> Callable:
+    def target(self) -> Callable[..., Array]:
         """The denoiser to be matched: the teacher under its guidance."""
-        return self.teacher if self.guidance is None else Guided(self.teacher, self.guidance, forget=True)
+        return under_guidance(self.teacher, self.guidance)
 
     @property
-    def own(self) -> Callable:
-        """The denoiser of the student's law: learned, or its own."""
+    def own(self) -> Callable[..., Array]:
+        """The denoiser of the student's distribution: learned, or the student's own; it takes the condition."""
         if self.fake is not None:
             return self.fake
-        law = self.student.denoiser()
-        return lambda x, sigma, cond=None: law(x, sigma)
+        return own_denoiser(cast("KnowsItself", self.student))
 
     def draw_positives(self, cond: PyTree, num: int, *, key: Key[Array, ""]) -> tuple[Array, PyTree]:
         """Draws of the target, with their conditions.
@@ -129,15 +146,17 @@ class Distillation(eqx.Module):
             Draws `(num, *shape)` and conditions.
         """
         if self.positives is None:
-            return self.teacher.sample(num, cond=cond, key=key), cond
+            return cast("Drawable", self.teacher).sample(num, cond=cond, key=key), cond
         drawn = self.positives(key, num)
-        return drawn if isinstance(drawn, tuple) else (drawn, cond)
+        if isinstance(drawn, tuple):
+            return drawn
+        return drawn, cond
 
 
-class Positives(eqx.Module):
+class TeacherSamples(eqx.Module):
     """A pool of draws of a guided teacher, to learn from: `positives(key, n)` takes random rows.
 
-    `teacher_pool` makes one that also keeps the noise each draw came from, which `Regression` needs.
+    `teacher_pool` makes one that also keeps the noise each draw came from, which `PairRegression` needs.
 
     Args:
         x: the draws `(m, *shape)`.
@@ -147,25 +166,25 @@ class Positives(eqx.Module):
     Example:
         >>> import jax, jax.numpy as jnp
         >>> import genkit as gk
-        >>> pool = gk.distill.Positives(jnp.zeros((10, 2)), jnp.arange(10))
+        >>> pool = gk.distill.TeacherSamples(jnp.zeros((10, 2)), jnp.arange(10))
         >>> x, cond = pool(jax.random.key(0), 4)
         >>> x.shape, cond.shape
         ((4, 2), (4,))
     """
 
     x: Float[Array, " m *shape"] = eqx.field(converter=jnp.asarray)
-    cond: Any = None
+    cond: PyTree = None
     latents: Float[Array, " m *shape"] | None = eqx.field(converter=maybe_number, default=None)
 
     def __check_init__(self):
         if self.latents is not None:
-            what, got = f"of the shape {self.x.shape} of the draws", f"shape {self.latents.shape}"
-            check(self.latents.shape == self.x.shape, "latents", what, got)
+            fits = self.latents.shape == self.x.shape
+            check(fits, "latents", lambda: f"of the shape {self.x.shape} of the draws", self.latents)
         for leaf in jax.tree.leaves(self.cond):
             size = jnp.shape(leaf)[:1]
-            check(size == self.x.shape[:1], "cond", f"one entry for each of {self.x.shape[0]} draws", f"{size}")
+            check(size == self.x.shape[:1], "cond", lambda: f"one entry for each of {self.x.shape[0]} draws", size)
 
-    def __call__(self, key: Key[Array, ""], n: int) -> Any:
+    def __call__(self, key: Key[Array, ""], n: int) -> Array | tuple[Array, PyTree]:
         """Draw rows.
 
         Args:
@@ -176,7 +195,9 @@ class Positives(eqx.Module):
             Draws `(n, *shape)`, or a pair of them and their conditions.
         """
         _, x, cond = self.rows(key, n)
-        return x if self.cond is None else (x, cond)
+        if self.cond is None:
+            return x
+        return x, cond
 
     def rows(self, key: Key[Array, ""], n: int) -> tuple[Array | None, Array, PyTree]:
         """Random rows of all there is.
@@ -193,16 +214,16 @@ class Positives(eqx.Module):
 
 
 def teacher_pool(
-    teacher: Callable,
-    sampler: Any,
+    teacher: Callable[..., Array],
+    sampler: Table | AbstractSampler,
     num_samples: int,
     *,
     key: Key[Array, ""],
-    cond: Any = None,
-    guidance: Any = None,
+    cond: PyTree = None,
+    guidance: Guidance | None = None,
     shape: tuple[int, ...] | None = None,
     batch_size: int | None = None,
-) -> Positives:
+) -> TeacherSamples:
     """Draws of a (guided) teacher by a deterministic sampler, with the noise each came from.
 
     Args:
@@ -232,17 +253,20 @@ def teacher_pool(
 
     Source: Luhman and Luhman, "Knowledge Distillation in Iterative Generative Models for Improved Sampling Speed", 2021.
     """  # noqa: E501
-    check(isinstance(sampler, Table), "sampler", "a fixed-grid sampler, such as `gk.diffusion.heun(grid)`", sampler)
-    quiet = not (np.any(np.asarray(sampler.c)) or np.any(np.asarray(sampler.c_stage)))
-    check(quiet, "sampler", "deterministic, so that the noise determines the draw", "one that adds noise")
-    shape = getattr(teacher, "shape", None) if shape is None else shape
-    check(shape is not None, "shape", "given", "None", "The teacher does not know its shape.")
+    if not isinstance(sampler, Table):
+        fail("sampler", "a fixed-grid sampler, such as `gk.diffusion.heun(grid)`", sampler)
+    is_deterministic = not (np.any(np.asarray(sampler.c)) or np.any(np.asarray(sampler.c_stage)))
+    check(is_deterministic, "sampler", "deterministic, so that the noise determines the draw", "one that adds noise")
+    if shape is None:
+        shape = declared(teacher, "shape", None)
+    if shape is None:
+        fail("shape", "given", "None", "The teacher does not know its shape.")
     key_latent, key_draw = jr.split(key)
-    latents = jr.normal(key_latent, (num_samples, *(shape or ())))
+    latents = jr.normal(key_latent, (num_samples, *shape))
     start = jnp.asarray(sampler.sigma)[0].astype(latents.dtype) * latents
     drawn = sample(
         sampler, teacher, num_samples, cond=cond, guidance=guidance, x_init=start, key=key_draw, batch_size=batch_size
     )
     if cond is not None and jnp.ndim(cond) == 0:
         cond = jnp.broadcast_to(cond, (num_samples,))
-    return Positives(drawn.value, cond, latents)
+    return TeacherSamples(drawn.value, cond, latents)

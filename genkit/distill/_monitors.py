@@ -1,30 +1,29 @@
-"""What tells whether a distillation works: the divergence from scores alone, and which modes are covered."""
+"""Monitors of a distillation: the divergence from scores alone, and which modes are covered."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Key
+from jaxtyping import Array, ArrayLike, Float, Key, PyTree
 
-from genkit._core._checks import check, check_count, check_positive
+from genkit._core._checks import check, check_count, check_positive, check_shape, fail
 from genkit.divergence import FDivergence, ReverseKL
 
 
 def divergence_from_scores(
-    p: Callable,
-    q: Callable,
+    p: Callable[..., Array],
+    q: Callable[..., Array],
     samples: Float[ArrayLike, " n *shape"],
     *,
     sigma_min: float,
     sigma_max: float,
     key: Key[Array, ""],
     divergence: FDivergence | None = None,
-    log_ratio: Callable | None = None,
+    log_ratio: Callable[..., Array] | None = None,
     num_nodes: int = 24,
-    cond: Any = None,
+    cond: PyTree = None,
 ) -> Float[Array, ""]:
     r"""A divergence from two denoisers, by de Bruijn's identity: no density, no discriminator.
 
@@ -32,9 +31,9 @@ def divergence_from_scores(
       = \int_{\sigma_0}^{\sigma_1} E_{q_\sigma}\big[h(u)\, |D_p - D_q|^2\big]\, \sigma^{-2}\, d\log\sigma.$$
 
     Args:
-        p: denoiser of the first law.
-        q: denoiser of the second law.
-        samples: clean draws of the second law `(n, *shape)`.
+        p: denoiser of the first distribution.
+        q: denoiser of the second distribution.
+        samples: clean draws of the second distribution `(n, *shape)`.
         sigma_min: lower end of the noise levels, positive.
         sigma_max: upper end; beyond several times the spread of the data nothing is left.
         key: typed PRNG key.
@@ -64,19 +63,25 @@ def divergence_from_scores(
     check_positive("sigma_min", sigma_min)
     check(sigma_max > sigma_min, "sigma_max", f"above `sigma_min` = {sigma_min:g}", sigma_max)
     check_count("num_nodes", num_nodes, 2)
-    divergence = ReverseKL() if divergence is None else divergence
+    if divergence is None:
+        divergence = ReverseKL()
     weights = np.asarray(divergence.weight(jnp.array([-1.0, 0.0, 1.0])))
-    known = log_ratio is not None or bool(np.ptp(weights) < 1e-6 * weights[1])
-    check(known, "log_ratio", f"given with {type(divergence).__name__}, whose weight depends on the ratio", "None")
+    is_constant = bool(np.ptp(weights) < 1e-6 * weights[1])
+    if log_ratio is None and not is_constant:
+        fail("log_ratio", f"given with {type(divergence).__name__}, whose weight depends on the ratio", "None")
+    # The integrand is smooth in the logarithm of the level and falls at both ends.
     nodes, quadrature = np.polynomial.legendre.leggauss(num_nodes)
     span = np.log(sigma_max / sigma_min)
     levels = sigma_min * np.exp(span * (nodes + 1) / 2)
 
     @jax.jit
-    def total(samples, cond, levels):
-        def one(level, key):
+    def total(samples: Array, cond: PyTree, levels: Array) -> Array:
+        def one(level: Array, key: Array) -> Array:
             x = samples + level * jr.normal(key, samples.shape, samples.dtype)
-            run = lambda net: jax.vmap(lambda y, c: net(y, level, c))(x, cond)
+
+            def run(net: Callable[..., Array]) -> Array:
+                return jax.vmap(lambda y, c: net(y, level, c))(x, cond)
+
             gap = jnp.sum(((run(p) - run(q)) / level).reshape(x.shape[0], -1) ** 2, axis=1)
             if log_ratio is None:
                 return divergence.weight(jnp.zeros((), x.dtype)) * jnp.mean(gap)
@@ -115,11 +120,15 @@ def mode_coverage(
         >>> float(found["tv"]), int(found["covered"]), float(found["precision"])
         (0.5, 1, 1.0)
     """
-    samples, centers = jnp.asarray(samples), jnp.asarray(centers)
+    samples = jnp.asarray(samples)
+    centers = jnp.asarray(centers)
     check_positive("radius", radius)
-    check(samples.shape[1:] == centers.shape[1:], "centers", f"points of shape {samples.shape[1:]}", centers)
-    share = jnp.full(centers.shape[0], 1 / centers.shape[0]) if weights is None else jnp.asarray(weights)
-    check(share.shape == centers.shape[:1], "weights", f"of shape {centers.shape[:1]}", f"shape {share.shape}")
+    fits = samples.shape[1:] == centers.shape[1:]
+    check(fits, "centers", lambda: f"points of shape {samples.shape[1:]}", centers)
+    share = jnp.full(centers.shape[0], 1 / centers.shape[0])
+    if weights is not None:
+        share = jnp.asarray(weights)
+        check_shape("weights", share, centers.shape[:1])
     distance = jnp.sqrt(jnp.sum((samples[:, None] - centers[None]) ** 2, -1))
     mass = jnp.mean(jax.nn.one_hot(jnp.argmin(distance, 1), centers.shape[0]), axis=0)
     return {

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import equinox as eqx
 import jax
@@ -10,28 +10,28 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpyro.distributions as dist
 import optax
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, ArrayLike, Float, Key, PyTree
 
-from genkit._core import Objective, Phase
-from genkit._core._checks import check, check_count, describe
+from genkit._core._checks import check, check_count
 from genkit._core._fields import FROZEN, as_number, maybe_number
+from genkit._core._stratified import draw_evenly
 from genkit.diffusion import EDMWeight
-from genkit.diffusion._losses import draw_evenly
+from genkit.distill._facts import TakesSteps, declared
+from genkit.distill._losses import AbstractLoss, density_of, frozen
+from genkit.distill._model import Distillation
+from genkit.distill._ratios import DiscriminatorRatio, NoisyBatch, spread
 from genkit.nn import MLP
-
-from ._losses import AbstractLoss, density_of, frozen
-from ._model import Distillation
-from ._ratios import DiscriminatorRatio, Noised, spread
+from genkit.training import Objective, Phase
 
 
-@functools.cache
+@functools.lru_cache(maxsize=32)
 def cosine_adam(rate: float, num_steps: int) -> optax.GradientTransformation:
     """Adam under a cosine; the same object for the same numbers, so that nothing compiles again."""
     return optax.adam(optax.cosine_decay_schedule(rate, num_steps))
 
 
-@functools.cache
-def follower() -> optax.GradientTransformation:
+@functools.lru_cache(maxsize=1)
+def critic_adam() -> optax.GradientTransformation:
     """The default optimizer of critics: faster than the student, and never at rest."""
     return optax.adam(2e-3)
 
@@ -39,27 +39,30 @@ def follower() -> optax.GradientTransformation:
 SATURATED = 10.0  # a logit beyond this carries no ratio any more
 
 
-def as_law(law: Any) -> Any:
-    """A numpyro law with its parameters as arrays, so that another value never recompiles."""
-    return jax.tree.map(as_number, law) if isinstance(law, dist.Distribution) else law
+def with_arrays(distribution: dist.Distribution) -> dist.Distribution:
+    """A numpyro distribution with its parameters as arrays, so that another value never recompiles."""
+    if not isinstance(distribution, dist.Distribution):
+        return distribution
+    return jax.tree.map(as_number, distribution)
 
 
-def check_law(law: Any) -> None:
-    """Refuse anything but a scalar numpyro law."""
-    ok = isinstance(law, dist.Distribution) and law.batch_shape == () and law.event_shape == ()
-    check(ok, "noise_law", "a scalar numpyro distribution of the noise level", describe(law))
+def check_levels(distribution: dist.Distribution) -> None:
+    """Refuse anything but a scalar numpyro distribution."""
+    is_distribution = isinstance(distribution, dist.Distribution)
+    is_scalar = is_distribution and distribution.batch_shape == () and distribution.event_shape == ()
+    check(is_scalar, "noise_distribution", "a scalar numpyro distribution of the noise level", distribution)
 
 
-def draw_levels(law: dist.Distribution, num: int, *, key: Key[Array, ""]) -> Array:
-    """Noise levels that together cover their law; a point mass needs no draw."""
-    if isinstance(law, dist.Delta):
-        return jnp.broadcast_to(jnp.asarray(law.v), (num,))
-    return draw_evenly(law, num, key=key)
+def draw_levels(distribution: dist.Distribution, num: int, *, key: Key[Array, ""]) -> Array:
+    """Noise levels that together cover their distribution; a point mass needs no draw."""
+    if isinstance(distribution, dist.Delta):
+        return jnp.broadcast_to(jnp.asarray(distribution.v), (num,))
+    return draw_evenly(distribution, num, key=key)
 
 
-def generate(student: Any, z: Array, cond: PyTree, *, key: Key[Array, ""]) -> Array:
+def generate(student: Callable[..., Array], z: Array, cond: PyTree, *, key: Key[Array, ""]) -> Array:
     """A batch of the student; of several steps, one at random is trained (backward simulation)."""
-    if not hasattr(student, "rollout"):
+    if not isinstance(student, TakesSteps):
         return jax.vmap(lambda one, c: student(one, c))(z, cond)
     steps = jr.randint(key, (z.shape[0],), 0, student.num_evaluations)
     return jax.vmap(student.rollout)(z, cond, steps)
@@ -70,7 +73,7 @@ class StudentObjective(Objective):
 
     Args:
         loss: the loss.
-        noise_law: scalar numpyro law of the noise level.
+        noise_distribution: scalar numpyro distribution of the noise level.
         weight: function of the noise level; `None` is 1.
         batch_size: draws per update.
         latent_shape: shape of the student's latent.
@@ -86,13 +89,13 @@ class StudentObjective(Objective):
     """
 
     loss: AbstractLoss
-    noise_law: dist.Distribution = eqx.field(converter=as_law)
-    weight: Callable | None = None
+    noise_distribution: dist.Distribution = eqx.field(converter=with_arrays)
+    weight: Callable[[Array], Array] | None = None
     batch_size: int = eqx.field(static=True, default=256)
     latent_shape: tuple[int, ...] = eqx.field(static=True, default=())
 
     def __check_init__(self):
-        check_law(self.noise_law)
+        check_levels(self.noise_distribution)
         check_count("batch_size", self.batch_size)
 
     def __call__(
@@ -102,18 +105,21 @@ class StudentObjective(Objective):
         key_z, key_step, key_level, key_noise, key_loss = jr.split(key, 5)
         z = jr.normal(key_z, (self.batch_size, *self.latent_shape))
         x = generate(model.student, z, batch, key=key_step)
-        sigma = draw_levels(self.noise_law, self.batch_size, key=key_level).astype(x.dtype)
+        sigma = draw_levels(self.noise_distribution, self.batch_size, key=key_level).astype(x.dtype)
         noise = jr.normal(key_noise, x.shape, x.dtype)
-        weight = jnp.ones_like(sigma) if self.weight is None else jax.vmap(self.weight)(sigma)
-        noised = Noised(x, x + spread(sigma, x) * noise, sigma, noise, batch, weight, density_of(self.noise_law, sigma))
-        return self.loss(model, noised, key=key_loss)
+        weight = jnp.ones_like(sigma)
+        if self.weight is not None:
+            weight = jax.vmap(self.weight)(sigma)
+        density = density_of(self.noise_distribution, sigma)
+        noisy = NoisyBatch(x, x + spread(sigma, x) * noise, sigma, noise, batch, weight, density)
+        return self.loss(model, noisy, key=key_loss)
 
 
 class CriticObjective(Objective):
     """The critics' side: denoising score matching of the student's draws, and the discriminator's logistic loss.
 
     Args:
-        noise_law: scalar numpyro law of the noise level.
+        noise_distribution: scalar numpyro distribution of the noise level.
         batch_size: draws per update.
         latent_shape: shape of the student's latent.
         smoothness: weight of the discriminator's change under a perturbation of a tenth of the noise; `None` for none.
@@ -128,13 +134,13 @@ class CriticObjective(Objective):
         ['fake_mse']
     """
 
-    noise_law: dist.Distribution = eqx.field(converter=as_law)
+    noise_distribution: dist.Distribution = eqx.field(converter=with_arrays)
     batch_size: int = eqx.field(static=True, default=256)
     latent_shape: tuple[int, ...] = eqx.field(static=True, default=())
     smoothness: Float[Array, ""] | None = eqx.field(converter=maybe_number, default=None)
 
     def __check_init__(self):
-        check_law(self.noise_law)
+        check_levels(self.noise_distribution)
         check_count("batch_size", self.batch_size)
 
     def __call__(
@@ -143,29 +149,38 @@ class CriticObjective(Objective):
         """Estimate the critics' loss; see `gk.Objective`."""
         key_z, key_step, key_level, key_noise, key_game = jr.split(key, 5)
         z = jr.normal(key_z, (self.batch_size, *self.latent_shape))
+        # Critics follow the student; they never move it.
         x = frozen(generate(model.student, z, batch, key=key_step))
-        sigma = draw_levels(self.noise_law, self.batch_size, key=key_level).astype(x.dtype)
+        sigma = draw_levels(self.noise_distribution, self.batch_size, key=key_level).astype(x.dtype)
         x_t = x + spread(sigma, x) * jr.normal(key_noise, x.shape, x.dtype)
-        total, aux = jnp.zeros((), x.dtype), {}
-        if model.fake is not None:
-            weight = EDMWeight(frozen(getattr(model.fake, "sigma_data", 1.0)))
-            residual = jax.vmap(lambda y, s, c: model.fake(y, s, c))(x_t, sigma, batch) - x
+        total = jnp.zeros((), x.dtype)
+        aux = {}
+        fake = model.fake
+        if fake is not None:
+            weight = EDMWeight(frozen(declared(fake, "sigma_data", 1.0)))
+            residual = jax.vmap(lambda y, s, c: fake(y, s, c))(x_t, sigma, batch) - x
             squares = jnp.sum(residual.reshape(residual.shape[0], -1) ** 2, axis=1)
-            total, aux["fake_mse"] = jnp.mean(jax.vmap(weight)(sigma) * squares), jnp.mean(residual**2)
+            total = jnp.mean(jax.vmap(weight)(sigma) * squares)
+            aux["fake_mse"] = jnp.mean(residual**2)
         if model.discriminator is not None:
-            value, found = self._game(model, x_t, sigma, batch, key_game)
-            total, aux = total + value, aux | found
+            value, found = self._logistic(model, x_t, sigma, batch, key_game)
+            total = total + value
+            aux |= found
         return total, aux
 
-    def _game(self, model, x_t, sigma, cond, key):
+    def _logistic(
+        self, model: Distillation, x_t: Array, sigma: Array, cond: PyTree, key: Key[Array, ""]
+    ) -> tuple[Array, dict[str, Array]]:
         """The discriminator's loss on noisy positives and negatives."""
+        net = cast("Callable[..., Array]", model.discriminator)
         key_positive, key_noise, key_shift = jr.split(key, 3)
         real, real_cond = model.draw_positives(cond, self.batch_size, key=key_positive)
         check(real.shape == x_t.shape, "positives", f"of shape {x_t.shape}", f"shape {real.shape}")
         real = real.astype(x_t.dtype)
         real = real + spread(sigma, real) * jr.normal(key_noise, real.shape, real.dtype)
-        logit = jax.vmap(lambda y, s, c: model.discriminator(y, s, c))
-        on_real, on_fake = logit(real, sigma, real_cond), logit(x_t, sigma, cond)
+        logit = jax.vmap(lambda y, s, c: net(y, s, c))
+        on_real = logit(real, sigma, real_cond)
+        on_fake = logit(x_t, sigma, cond)
         value = jnp.mean(jax.nn.softplus(-on_real)) + jnp.mean(jax.nn.softplus(on_fake))
         both = jnp.concatenate([on_real, on_fake])
         saturation = jnp.mean((jnp.abs(both) > SATURATED).astype(both.dtype))
@@ -202,7 +217,7 @@ class Discriminator(eqx.Module):
 
     net: MLP
     sigma_data: Float[Array, ""] = eqx.field(metadata=FROZEN)
-    features: Any = eqx.field(metadata=FROZEN)
+    features: Callable[..., Array] | None = eqx.field(metadata=FROZEN)
 
     def __init__(
         self,
@@ -212,14 +227,19 @@ class Discriminator(eqx.Module):
         depth: int = 2,
         num_labels: int | None = None,
         sigma_data: float = 1.0,
-        features: Any = None,
+        features: Callable[..., Array] | None = None,
         key: Key[Array, ""],
     ):
-        seen = tuple(shape) if features is None else (2, *shape)
+        seen = tuple(shape)
+        if features is not None:
+            seen = (2, *shape)
         self.net = MLP(seen, width=width, depth=depth, num_labels=num_labels, key=key)
-        self.sigma_data, self.features = as_number(sigma_data), features
+        self.sigma_data = as_number(sigma_data)
+        self.features = features
 
-    def __call__(self, x: Float[Array, " *shape"], sigma: Any, cond: Any = None) -> Float[Array, ""]:
+    def __call__(
+        self, x: Float[Array, " *shape"], sigma: Float[ArrayLike, ""], cond: PyTree = None
+    ) -> Float[Array, ""]:
         """The logit of one example."""
         sigma = jnp.asarray(sigma, x.dtype)
         seen = x * jax.lax.rsqrt(sigma**2 + self.sigma_data.astype(x.dtype) ** 2)
@@ -228,30 +248,30 @@ class Discriminator(eqx.Module):
         return jnp.sum(self.net(seen, jnp.log(sigma) / 4, cond)) / jnp.sqrt(jnp.asarray(x.size, x.dtype))
 
 
-def _student(model: Distillation) -> Any:
+def _student(model: Distillation) -> PyTree:
     return model.student
 
 
-def _fake(model: Distillation) -> Any:
+def _fake(model: Distillation) -> PyTree:
     return model.fake
 
 
-def _discriminator(model: Distillation) -> Any:
+def _discriminator(model: Distillation) -> PyTree:
     return model.discriminator
 
 
-def _both(model: Distillation) -> Any:
+def _both(model: Distillation) -> PyTree:
     return model.fake, model.discriminator
 
 
 def cycle(
     loss: AbstractLoss,
     *,
-    noise_law: dist.Distribution,
+    noise_distribution: dist.Distribution,
     latent_shape: tuple[int, ...],
     optimizer: optax.GradientTransformation,
     fake_optimizer: optax.GradientTransformation | None = None,
-    weight: Callable | None = None,
+    weight: Callable[[Array], Array] | None = None,
     batch_size: int = 256,
     fake_steps: int = 5,
     critics: tuple[bool, bool] | None = None,
@@ -260,7 +280,7 @@ def cycle(
 
     Args:
         loss: the loss of the student.
-        noise_law: scalar numpyro law of the noise level.
+        noise_distribution: scalar numpyro distribution of the noise level.
         latent_shape: shape of the student's latent.
         optimizer: optimizer of the student.
         fake_optimizer: optimizer of the critics; default Adam at 2e-3.
@@ -275,19 +295,28 @@ def cycle(
     Example:
         >>> import optax, numpyro.distributions as dist
         >>> import genkit as gk
-        >>> law = dist.LogUniform(0.1, 10.0)
-        >>> phases = gk.distill.cycle(gk.distill.vsd(), noise_law=law, latent_shape=(2,), optimizer=optax.adam(1e-3))
+        >>> levels = dist.LogUniform(0.1, 10.0)
+        >>> phases = gk.distill.cycle(gk.distill.vsd(), noise_distribution=levels, latent_shape=(2,),
+        ...                           optimizer=optax.adam(1e-3))
         >>> [(phase.name, phase.repeats) for phase in phases]
         [('critic', 5), ('student', 1)]
     """
-    fake, discriminator = loss.needs() if critics is None else critics
-    student = StudentObjective(loss, noise_law, weight, batch_size, tuple(latent_shape))
-    phases = (Phase(student, optimizer, where=_student, name="student"),)
-    if not (fake or discriminator):
-        return phases
-    where = _both if fake and discriminator else _fake if fake else _discriminator
-    ratios = [getattr(part, "ratio", None) for part in getattr(loss, "parts", (loss,))]
-    smoothness = next((r.smoothness for r in ratios if isinstance(r, DiscriminatorRatio)), None)
-    critic = CriticObjective(noise_law, batch_size, tuple(latent_shape), smoothness)
-    follow = follower() if fake_optimizer is None else fake_optimizer
-    return (Phase(critic, follow, where=where, repeats=fake_steps, name="critic"), *phases)
+    fake, discriminator = critics or loss.needs()
+    student = StudentObjective(loss, noise_distribution, weight, batch_size, tuple(latent_shape))
+    student_phase = Phase(student, optimizer, where=_student, name="student")
+    if fake and discriminator:
+        where = _both
+    elif fake:
+        where = _fake
+    elif discriminator:
+        where = _discriminator
+    else:
+        return (student_phase,)
+    smoothness = None
+    for ratio in loss.ratios():
+        if isinstance(ratio, DiscriminatorRatio):
+            smoothness = ratio.smoothness
+            break
+    critic = CriticObjective(noise_distribution, batch_size, tuple(latent_shape), smoothness)
+    critic_phase = Phase(critic, fake_optimizer or critic_adam(), where=where, repeats=fake_steps, name="critic")
+    return critic_phase, student_phase

@@ -1,106 +1,206 @@
-"""The parts of a distillation before training, and what is refused about them."""
+"""Assembly of a distillation before training, and the checks of its parts."""
 
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
+from jaxtyping import Array, PyTree
 
-from genkit._core._checks import check, describe
-from genkit.guidance import Guided
+from genkit._core._checks import check, describe, fail
+from genkit.distill._facts import (
+    Analytic,
+    Drawable,
+    KnowsItself,
+    declared,
+    ignores_condition,
+    is_network,
+    own_denoiser,
+    under_guidance,
+)
+from genkit.distill._losses import AbstractLoss, PairRegression
+from genkit.distill._model import Distillation, TeacherSamples, has_density
+from genkit.distill._ratios import DiscriminatorRatio, EmpiricalRatio, ExactRatio
+from genkit.sampling import Guidance
 
-from ._losses import AbstractLoss, Regression
-from ._model import Distillation, has_density
-from ._ratios import DiscriminatorRatio, EmpiricalRatio, ExactRatio
+
+_MOST_CONDITIONS = 64
 
 
 def start(
-    teacher: Any, student: Any, loss: AbstractLoss, *, guidance: Any, fake: Any, positives: Any
+    teacher: Callable[..., Array],
+    student: Callable[..., Array],
+    loss: AbstractLoss,
+    *,
+    guidance: Guidance | None,
+    cond: PyTree,
+    fake: Callable[..., Array] | None,
+    positives: Callable[..., PyTree] | None,
 ) -> tuple[Distillation, AbstractLoss]:
-    """The parts before training, and the loss with its network moved among them."""
-    check(callable(teacher), "teacher", "a denoiser (x, sigma, cond=None) -> x0", describe(teacher))
-    check(callable(student), "student", "a generator (z, cond=None) -> x", describe(student))
-    if guidance is not None:
-        Guided(teacher, guidance, forget=True)  # refuses what changes no single prediction
+    """The model before training, and the loss with its network moved into the model.
+
+    Args:
+        teacher: as for `distill`.
+        student: as for `distill`.
+        loss: the loss of the student.
+        guidance: as for `distill`.
+        cond: as for `distill`.
+        fake: as for `distill`.
+        positives: as for `distill`.
+
+    Returns:
+        The model and the loss.
+    """
+    check(callable(teacher), "teacher", "a denoiser (x, sigma, cond=None) -> x0", teacher)
+    check(callable(student), "student", "a generator (z, cond=None) -> x", student)
+    under_guidance(teacher, guidance)  # refuses what changes no single prediction
     needs_own, needs_critic = loss.needs()
     net = None
-    for part in getattr(loss, "parts", (loss,)):
-        found = getattr(getattr(part, "ratio", None), "net", None)
-        net = net if found is None else found
+    for ratio in loss.ratios():
+        if isinstance(ratio, DiscriminatorRatio) and ratio.net is not None:
+            net = ratio.net
     if needs_critic:
         hint = "Add `FDistill(..., DiscriminatorRatio(net))`, which trains one."
         check(net is not None, "loss", "with a DiscriminatorRatio where a discriminator is needed", "none", hint)
-        is_ratio = lambda node: isinstance(node, DiscriminatorRatio)
-        bare = lambda node: DiscriminatorRatio(None, node.smoothness) if is_ratio(node) else node
-        loss = jax.tree.map(bare, loss, is_leaf=is_ratio)
-    if needs_own and fake is None and not hasattr(student, "denoiser"):
-        trainable = any(eqx.is_inexact_array(leaf) for leaf in jax.tree.leaves(teacher))
+    if needs_own and fake is None and not isinstance(student, KnowsItself):
         hint = "Pass `fake=`, say `gk.diffusion.Preconditioned(gk.nn.MLP(shape, key=key))`."
-        network = trainable and not hasattr(teacher, "log_density")
-        check(network, "fake", "given, because an analytic teacher cannot learn the law of the student", "None", hint)
+        what = "given, because an analytic teacher cannot learn the distribution of the student"
+        check(is_network(teacher), "fake", what, "None", hint)
         fake = teacher
-    fake = fake if needs_own else None
-    return Distillation(student, teacher, fake, net, guidance, positives), loss
+    if not needs_own:
+        fake = None
+    return Distillation(student, teacher, fake, net, guidance, positives), _completed(loss, cond)
 
 
-def check_shapes(model: Distillation, data: Callable, latent_shape: Any) -> tuple[int, ...]:
-    """The shape of the latent; refuse a student whose draws are not of the teacher's shape."""
+def _completed(loss: AbstractLoss, cond: PyTree) -> AbstractLoss:
+    """The loss whose ratios know the conditions, and leave their networks to the model."""
+
+    def complete(node: PyTree) -> PyTree:
+        if isinstance(node, DiscriminatorRatio):
+            return DiscriminatorRatio(None, node.smoothness)
+        if isinstance(node, EmpiricalRatio) and node.conditions is None:
+            return EmpiricalRatio(node.num_samples, _different(cond))
+        return node
+
+    return jax.tree.map(complete, loss, is_leaf=lambda node: isinstance(node, (DiscriminatorRatio, EmpiricalRatio)))
+
+
+def _different(cond: PyTree) -> Array | None:
+    """The different entries of an array of conditions; None where they are drawn, or too many to draw for each."""
+    if cond is None or callable(cond):
+        return None
+    entries = np.unique(np.atleast_1d(np.asarray(cond)), axis=0)
+    if len(entries) > _MOST_CONDITIONS:
+        return None
+    return jnp.asarray(entries)
+
+
+def check_shapes(
+    model: Distillation, data: Callable[..., PyTree], latent_shape: tuple[int, ...] | None
+) -> tuple[int, ...]:
+    """The shape of the latent; refuse a student whose draws are not of the teacher's shape.
+
+    Args:
+        model: the model before training.
+        data: `data(key)` returns a batch of conditions, or `None`.
+        latent_shape: as for `distill`.
+
+    Returns:
+        The shape of the latent.
+    """
     cond = jax.eval_shape(lambda: jax.tree.map(lambda leaf: leaf[0], data(jr.key(0))))
-    latent = latent_shape if latent_shape is not None else model.latent_shape or model.shape
-    hint = "The teacher does not know its shape."
-    check(latent is not None, "latent_shape", "given", "None", hint)
-    latent = tuple(latent or ())
+    latent = latent_shape
+    if latent is None:
+        latent = model.latent_shape or model.shape
+    if latent is None:
+        fail("latent_shape", "given", "None", "The teacher does not know its shape.")
+    latent = tuple(latent)
     z = jax.ShapeDtypeStruct(latent, jnp.result_type(float))
     x = eqx.filter_eval_shape(lambda s, z, c: s(z, c), model.student, z, cond)
-    check(hasattr(x, "shape"), "student", "a generator that returns an array", describe(x))
-    if model.shape is not None:
+    check(isinstance(x, jax.ShapeDtypeStruct), "student", "a generator that returns an array", x)
+    if model.shape is not None and x.shape != tuple(model.shape):
         what = f"a generator of examples of the teacher's shape {tuple(model.shape)}"
-        check(x.shape == tuple(model.shape), "student", what, f"shape {x.shape} from a latent of shape {latent}")
+        fail("student", what, f"shape {x.shape} from a latent of shape {latent}")
     level = jax.ShapeDtypeStruct((), x.dtype)
     y = eqx.filter_eval_shape(lambda t, y, s, c: t(y, s, c), model.target, x, level, cond)
-    check(y.shape == x.shape, "teacher", f"a denoiser that keeps the student's shape {x.shape}", f"shape {y.shape}")
+    if y.shape != x.shape:
+        fail("teacher", f"a denoiser that keeps the student's shape {x.shape}", f"shape {y.shape}")
     return latent
 
 
-def check_parts(model: Distillation, loss: AbstractLoss, cond: Any) -> None:
-    """Refuse ratios that lack what they are made of."""
-    for part in getattr(loss, "parts", (loss,)):
-        if isinstance(part, Regression):
-            known = getattr(model.positives, "latents", None) is not None
-            hint = "Make it with gk.distill.teacher_pool(teacher, gk.diffusion.heun(grid), num, key=key)."
-            check(known, "positives", "a pool with latents for Regression", describe(model.positives), hint)
-        ratio = getattr(part, "ratio", None)
+def check_parts(
+    model: Distillation, loss: AbstractLoss, data: Callable[..., PyTree], latent_shape: tuple[int, ...]
+) -> None:
+    """Refuse losses that lack what they are made of.
+
+    Args:
+        model: the model before training.
+        loss: the loss of the student.
+        data: `data(key)` returns a batch of conditions, or `None`.
+        latent_shape: shape of the latent.
+    """
+    if any(isinstance(term, PairRegression) for term in loss.terms):
+        _check_pairs(model.positives)
+    uses_own = loss.needs()[0] and model.fake is None
+    for ratio in loss.ratios():
         if isinstance(ratio, (ExactRatio, EmpiricalRatio)):
-            name = type(ratio).__name__
-            hint = "Use DiscriminatorRatio(net) or ScoreRatio(sigma_max)."
-            check(
-                hasattr(model.teacher, "log_density"),
-                "teacher",
-                f"analytic for {name}",
-                "one without log_density",
-                hint,
-            )
-            if model.guidance is not None:
-                kind = type(model.guidance).__name__
-                hint = "Use DiscriminatorRatio(net) with `positives`, or ScoreRatio(sigma_max)."
-                asked = f"None or a weighted sum of predictions, such as `gk.guidance.cfg(scale)`, for {name}"
-                check(has_density(model.guidance), "guidance", asked, kind, hint)
+            _check_analytic(model, type(ratio).__name__)
         if isinstance(ratio, ExactRatio):
             hint = "Give it a method `denoiser()` that returns an analytic denoiser, or use another ratio."
-            check(hasattr(model.student, "denoiser"), "student", "of a law in closed form", "no `denoiser()`", hint)
-        if isinstance(ratio, EmpiricalRatio):
-            single = cond is None or (not callable(cond) and jnp.ndim(cond) == 0)
-            check(single, "cond", "None or one value for EmpiricalRatio", describe(cond))
+            is_known = isinstance(model.student, KnowsItself)
+            check(is_known, "student", "of a distribution in closed form", "no `denoiser()`", hint)
+            uses_own = True
+    if uses_own:
+        _check_own(model, data, latent_shape)
     if model.discriminator is not None and model.positives is None:
-        hint = "Draw them with gk.sample and pass `positives=gk.distill.Positives(draws, cond)`."
-        check(
-            model.guidance is None,
-            "positives",
-            "given with `guidance`: draws of the same, guided, teacher",
-            "None",
-            hint,
-        )
-        can = hasattr(model.teacher, "sample")
-        check(can, "positives", "given, because the teacher has no `sample`", "None", hint)
+        hint = "Draw them with gk.sample and pass `positives=gk.distill.TeacherSamples(draws, cond)`."
+        what = "given with `guidance`: draws of the same, guided, teacher"
+        check(model.guidance is None, "positives", what, "None", hint)
+        can_draw = isinstance(model.teacher, Drawable)
+        check(can_draw, "positives", "given, because the teacher has no `sample`", "None", hint)
+
+
+def _check_pairs(positives: PyTree) -> None:
+    hint = "Make it with gk.distill.teacher_pool(teacher, gk.diffusion.heun(grid), num, key=key)."
+    has_latents = isinstance(positives, TeacherSamples) and positives.latents is not None
+    # A pool of the user's own may serve as well.
+    has_latents = has_latents or declared(positives, "latents", None) is not None
+    check(has_latents, "positives", "a pool with latents for PairRegression", positives, hint)
+
+
+def _check_analytic(model: Distillation, name: str) -> None:
+    hint = "Use DiscriminatorRatio(net) or ScoreRatio(sigma_max)."
+    is_analytic = isinstance(model.teacher, Analytic)
+    check(is_analytic, "teacher", lambda: f"analytic for {name}", "one without log_density", hint)
+    if model.guidance is not None and not has_density(model.guidance):
+        what = f"None or a weighted sum of predictions, such as `gk.guidance.cfg(scale)`, for {name}"
+        hint = "Use DiscriminatorRatio(net) with `positives`, or ScoreRatio(sigma_max)."
+        fail("guidance", what, type(model.guidance).__name__, hint)
+
+
+def _check_own(model: Distillation, data: Callable[..., PyTree], latent_shape: tuple[int, ...]) -> None:
+    """Refuse a student's denoiser that cannot be called with the conditions, or that knows less than the student."""
+    cond = data(jr.key(0))
+    student = model.student
+    if not isinstance(student, KnowsItself):
+        return
+    one = jax.tree.map(lambda leaf: leaf[0], cond)
+    z = jnp.zeros(latent_shape)
+    x = eqx.filter_eval_shape(lambda s: s(z, one), student)
+    hint = "It takes (x, sigma, cond), as the student takes (z, cond)."
+    try:
+        eqx.filter_eval_shape(lambda s, x: own_denoiser(s)(x, jnp.ones((), x.dtype), one), student, x)
+    except (TypeError, ValueError) as error:
+        fail("student.denoiser()", "a denoiser under the conditions of the student", f"an error: {error}", hint)
+    if cond is None or not ignores_condition(student.denoiser()):
+        return
+    # A student of one distribution may stand beside a teacher of several; one that draws by its condition may not
+    # say that it has no condition, or every ratio would be wrong.
+    normal = jr.normal(jr.key(0), latent_shape)
+    drawn = eqx.filter_jit(lambda s, c: jax.vmap(lambda one: s(normal, one))(c))(student, cond)
+    spread = float(jnp.max(jnp.abs(drawn - drawn[:1])))
+    is_same = spread <= 1e-4 * (1 + float(jnp.max(jnp.abs(drawn))))
+    what = "a denoiser that takes the condition, because the student's draws depend on it"
+    check(is_same, "student.denoiser()", what, describe(type(student.denoiser()).__name__), "Give it labels.")

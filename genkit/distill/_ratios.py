@@ -1,39 +1,41 @@
 """Log-ratios of teacher and student, each with the difference of scores that belongs to it."""
 
 import abc
-from typing import Any, ClassVar, NamedTuple
+import functools
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple, cast
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Key
+from jaxtyping import Array, ArrayLike, Float, Key, PyTree
 
-from genkit._core._checks import check, check_count, check_interval, check_positive
+from genkit._core._checks import check, check_count, check_interval, check_positive, fail
 from genkit._core._fields import as_number, maybe_number
+from genkit.distill._facts import Analytic, KnowsItself, own_denoiser
+from genkit.distill._model import Distillation, log_density
 
-from ._model import Distillation, log_density
 
-
-class Noised(NamedTuple):
+class NoisyBatch(NamedTuple):
     """A batch of the student under noise, as losses see it.
 
     `x` clean and `x_t = x + sigma * noise` noisy, both functions of the student; `sigma` and `weight` `(b,)`; `cond`
-    the conditions or `None`; `density` of the noise levels under their law, or `None`.
+    the conditions or `None`; `density` of the noise levels under their distribution, or `None`.
     """
 
     x: Array
     x_t: Array
     sigma: Array
     noise: Array
-    cond: Any
+    cond: PyTree
     weight: Array
     density: Array | None = None
 
 
-class Gap(NamedTuple):
-    """What a ratio knows: `u = log p/q` `(b,)`, `gap`, the score of p minus that of q, and `own`, D_q of the batch."""
+class ScoreDifference(NamedTuple):
+    """Result of a ratio: `u = log p/q` `(b,)`, `gap`, the score of p minus that of q, and `own`, D_q of the batch."""
 
     u: Array
     gap: Array
@@ -45,12 +47,12 @@ def spread(values: Array, like: Array) -> Array:
     return values.reshape(values.shape + (1,) * (like.ndim - 1))
 
 
-def denoised(denoiser: Any, batch: Noised) -> Array:
+def denoised(denoiser: Callable[..., Array], batch: NoisyBatch) -> Array:
     """A denoiser on a batch."""
     return jax.vmap(lambda x, s, c: denoiser(x, s, c))(batch.x_t, batch.sigma, batch.cond)
 
 
-def score_gap(target: Any, own: Array, batch: Noised) -> Array:
+def score_gap(target: Callable[..., Array], own: Array, batch: NoisyBatch) -> Array:
     """The score of p minus that of q, from the target and from the student's denoised batch."""
     return (denoised(target, batch) - own) / spread(batch.sigma, own) ** 2
 
@@ -60,14 +62,16 @@ class AbstractRatio(eqx.Module):
 
     Args:
         exact: whether the ratio needs no normalization.
-        needs_own: whether a denoiser of the student's law is needed.
+        needs_own: whether a denoiser of the student's distribution is needed.
+        needs_discriminator: whether a discriminator is needed.
     """
 
     exact: eqx.AbstractClassVar[bool]
     needs_own: eqx.AbstractClassVar[bool]
+    needs_discriminator: ClassVar[bool] = False
 
     @abc.abstractmethod
-    def __call__(self, model: Distillation, batch: Noised, *, key: Key[Array, ""]) -> Gap:
+    def __call__(self, model: Distillation, batch: NoisyBatch, *, key: Key[Array, ""]) -> ScoreDifference:
         """Evaluate on a batch.
 
         Args:
@@ -81,9 +85,10 @@ class AbstractRatio(eqx.Module):
 
 
 class ExactRatio(AbstractRatio):
-    """The ratio of two analytic laws: the teacher has `log_density`, the student a `denoiser()` that has.
+    """The ratio of two analytic distributions: the teacher has `log_density`, the student a `denoiser()` that has.
 
-    Under classifier-free guidance the ratio is that of the guided law, known up to a constant of the noise level.
+    Both are asked under the condition of each example. Under classifier-free guidance the ratio is that of the guided
+    distribution, known up to a constant of the noise level.
 
     Example:
         >>> import genkit as gk
@@ -94,24 +99,28 @@ class ExactRatio(AbstractRatio):
     exact: ClassVar[bool] = True
     needs_own: ClassVar[bool] = False  # densities are enough
 
-    def __call__(self, model: Distillation, batch: Noised, *, key: Key[Array, ""]) -> Gap:
+    def __call__(self, model: Distillation, batch: NoisyBatch, *, key: Key[Array, ""]) -> ScoreDifference:
         """See `AbstractRatio`; the score difference is the gradient of the ratio."""
-        target: Any = model.target
-        own = model.student.denoiser()
+        target = model.target
+        own = own_denoiser(cast("KnowsItself", model.student))
 
-        def one(x, sigma, cond):
-            return log_density(target, x, sigma, cond) - own.log_density(x, sigma)
+        def log_ratio(x: Array, sigma: Array, cond: PyTree) -> Array:
+            return log_density(target, x, sigma, cond) - cast("Analytic", own).log_density(x, sigma, cond)
 
-        return Gap(*jax.vmap(jax.value_and_grad(one))(batch.x_t, batch.sigma, batch.cond))
+        return ScoreDifference(*jax.vmap(jax.value_and_grad(log_ratio))(batch.x_t, batch.sigma, batch.cond))
 
 
 class EmpiricalRatio(AbstractRatio):
-    """The ratio of an analytic teacher to the smoothed empirical law of fresh draws of the student: no critic at all.
+    """The ratio of an analytic teacher to the smoothed empirical distribution of fresh draws: no critic at all.
 
-    Its noise grows where the noise level is small against the spacing of the draws.
+    Its noise grows where the noise level is small against the spacing of the draws. Each example is compared with draws
+    under its own condition.
 
     Args:
-        num_samples: fresh draws of the student per update.
+        num_samples: fresh draws of the student per update, for each condition.
+        conditions: the conditions there are, leaves with leading axis `(m, ...)`: one set of draws for each. `None`
+            draws anew for each example, which is dearer; `distill` fills in those of an array `cond` of at most 64
+            different entries.
 
     Example:
         >>> import genkit as gk
@@ -120,6 +129,7 @@ class EmpiricalRatio(AbstractRatio):
     """
 
     num_samples: int = eqx.field(static=True, default=1024)
+    conditions: PyTree = None
 
     def __check_init__(self):
         check_count("num_samples", self.num_samples, 2)
@@ -127,22 +137,47 @@ class EmpiricalRatio(AbstractRatio):
     exact: ClassVar[bool] = True  # only sampling noise remains
     needs_own: ClassVar[bool] = False  # draws are enough
 
-    def __call__(self, model: Distillation, batch: Noised, *, key: Key[Array, ""]) -> Gap:
+    def __call__(self, model: Distillation, batch: NoisyBatch, *, key: Key[Array, ""]) -> ScoreDifference:
         """See `AbstractRatio`."""
+        x = batch.x_t.reshape(batch.x_t.shape[0], -1)
+        draws = self._draws(model, batch, key)
+        per_example = jax.vmap(_smoothed, in_axes=(0, 0, None if batch.cond is None else 0))
+        log_q, own = per_example(x, batch.sigma, draws)
+        own = own.reshape(batch.x_t.shape)
+        target = model.target
+        log_p = jax.vmap(lambda x, s, c: log_density(target, x, s, c))(batch.x_t, batch.sigma, batch.cond)
+        return ScoreDifference(log_p - log_q, score_gap(target, own, batch))
+
+    def _draws(self, model: Distillation, batch: NoisyBatch, key: Key[Array, ""]) -> Array:
+        """Draws of the student, flat: `(num_samples, d)`, or `(b, num_samples, d)` under the examples' conditions."""
         shape = model.latent_shape or batch.x.shape[1:]
         z = jr.normal(key, (self.num_samples, *shape), batch.x.dtype)
-        # One condition for all: `recipe` refuses others.
-        cond = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:1], (self.num_samples, *leaf.shape[1:])), batch.cond)
-        draws = jax.vmap(lambda one, c: model.student(one, c))(z, cond).reshape(self.num_samples, -1)
-        x = batch.x_t.reshape(batch.x_t.shape[0], -1)
-        squares = jnp.sum((x[:, None] - draws[None]) ** 2, -1) / batch.sigma[:, None] ** 2
-        log_kernel = -0.5 * squares - x.shape[1] * (jnp.log(batch.sigma) + 0.5 * np.log(2 * np.pi))[:, None]
-        log_q = jax.nn.logsumexp(log_kernel, axis=1) - np.log(self.num_samples)
-        own = (jax.nn.softmax(log_kernel, axis=1) @ draws).reshape(batch.x_t.shape)
-        target: Any = model.target
-        log_p = jax.vmap(lambda x, s, c: log_density(target, x, s, c))(batch.x_t, batch.sigma, batch.cond)
-        gap = score_gap(target, own, batch)
-        return Gap(log_p - log_q, gap)
+
+        # All conditions share their latents: one draw of the normals is as good, and cheaper, than one for each.
+        def under(cond: PyTree) -> Array:
+            return jax.vmap(lambda one: model.student(one, cond))(z).reshape(self.num_samples, -1)
+
+        if batch.cond is None:
+            return under(None)
+        if self.conditions is None:
+            return jax.vmap(under)(batch.cond)
+        return jax.vmap(under)(self.conditions)[_positions(batch.cond, self.conditions)]
+
+
+def _smoothed(x: Array, sigma: Array, draws: Array) -> tuple[Array, Array]:
+    """Log-density and posterior mean of draws `(n, d)` under noise, at a point `(d,)`."""
+    squares = jnp.sum((x - draws) ** 2, -1) / sigma**2
+    log_kernel = -0.5 * squares - x.shape[0] * (jnp.log(sigma) + 0.5 * np.log(2 * np.pi))
+    return jax.nn.logsumexp(log_kernel) - np.log(draws.shape[0]), jax.nn.softmax(log_kernel) @ draws
+
+
+def _positions(cond: PyTree, conditions: PyTree) -> Array:
+    """For each condition of a batch, its place among the conditions there are."""
+    matches = []
+    for mine, every in zip(jax.tree.leaves(cond), jax.tree.leaves(conditions), strict=True):
+        equal = mine[:, None] == every[None]
+        matches.append(jnp.all(equal.reshape(*equal.shape[:2], -1), axis=-1))
+    return jnp.argmax(functools.reduce(jnp.logical_and, matches), axis=1)
 
 
 class DiscriminatorRatio(AbstractRatio):
@@ -166,7 +201,7 @@ class DiscriminatorRatio(AbstractRatio):
     4.3; Xu, Nie & Vahdat, "One-step Diffusion Models with f-Divergence Distribution Matching", 2025, section 4.
     """
 
-    net: Any
+    net: Callable[..., Array] | None
     smoothness: Float[Array, ""] | None = eqx.field(converter=maybe_number, default=None)
 
     def __check_init__(self):
@@ -176,13 +211,15 @@ class DiscriminatorRatio(AbstractRatio):
 
     exact: ClassVar[bool] = False  # ratios are normalized
     needs_own: ClassVar[bool] = True
+    needs_discriminator: ClassVar[bool] = True
 
-    def __call__(self, model: Distillation, batch: Noised, *, key: Key[Array, ""]) -> Gap:
+    def __call__(self, model: Distillation, batch: NoisyBatch, *, key: Key[Array, ""]) -> ScoreDifference:
         """See `AbstractRatio`."""
-        u = jax.vmap(lambda x, s, c: model.discriminator(x, s, c))(batch.x_t, batch.sigma, batch.cond)
+        logit = cast("Callable[..., Array]", model.discriminator)
+        u = jax.vmap(lambda x, s, c: logit(x, s, c))(batch.x_t, batch.sigma, batch.cond)
         own = denoised(model.own, batch)
         gap = score_gap(model.target, own, batch)
-        return Gap(u, gap, own)
+        return ScoreDifference(u, gap, own)
 
 
 class ScoreRatio(AbstractRatio):
@@ -217,7 +254,14 @@ class ScoreRatio(AbstractRatio):
     needs_own: ClassVar[bool] = True
 
     def log_ratio(
-        self, p: Any, q: Any, x: Array, sigma: Float[ArrayLike, ""], cond: Any = None, *, key: Any = None
+        self,
+        p: Callable[..., Array],
+        q: Callable[..., Array],
+        x: Array,
+        sigma: Float[ArrayLike, ""],
+        cond: PyTree = None,
+        *,
+        key: Key[Array, ""] | None = None,
     ) -> Array:
         """The log-ratio of two denoisers at one point.
 
@@ -234,17 +278,23 @@ class ScoreRatio(AbstractRatio):
         """
         sigma = jnp.asarray(sigma, x.dtype)
         nodes, weights = np.polynomial.legendre.leggauss(self.num_nodes)
+        # Beyond `sigma_max` the tail alone is left.
         span = jnp.maximum(jnp.log(self.sigma_max.astype(x.dtype) / sigma), 0)
         top = sigma * jnp.exp(span)
         levels = sigma * jnp.exp(span * jnp.asarray((nodes + 1) / 2, x.dtype))
         if self.num_probes is None:
             probes = jnp.eye(x.size, dtype=x.dtype).reshape(x.size, *x.shape)
         else:
+            if key is None:
+                fail("key", "given, for random probes", "None")
+            # Signs have the least variance of all probes of unit covariance.
             probes = jr.rademacher(key, (self.num_probes, *x.shape), x.dtype)
             probes = probes / np.sqrt(self.num_probes)
 
-        def integrand(level):
-            both = lambda y: jnp.stack([p(y, level, cond), q(y, level, cond)])
+        def integrand(level: Array) -> Array:
+            def both(y: Array) -> Array:
+                return jnp.stack([p(y, level, cond), q(y, level, cond)])
+
             value = both(x)
             pushed = jax.vmap(lambda v: jax.jvp(both, (x,), (v,))[1])(probes)
             trace = jnp.sum((pushed[:, 0] - pushed[:, 1]) * probes)
@@ -253,14 +303,14 @@ class ScoreRatio(AbstractRatio):
         inner = jnp.sum(jnp.asarray(weights, x.dtype) * jax.vmap(integrand)(levels)) * span / 2
         return -(inner + integrand(top) / 2)
 
-    def __call__(self, model: Distillation, batch: Noised, *, key: Key[Array, ""]) -> Gap:
+    def __call__(self, model: Distillation, batch: NoisyBatch, *, key: Key[Array, ""]) -> ScoreDifference:
         """See `AbstractRatio`."""
-        p, q = model.target, model.own
+        p = model.target
+        q = model.own
         keys = jr.split(key, batch.x_t.shape[0])
-        one = lambda x, s, c, k: self.log_ratio(p, q, x, s, c, key=k)
-        u = jax.vmap(one)(batch.x_t, batch.sigma, batch.cond, keys)
+        u = jax.vmap(lambda x, s, c, k: self.log_ratio(p, q, x, s, c, key=k))(batch.x_t, batch.sigma, batch.cond, keys)
         own = denoised(q, batch)
-        return Gap(u, score_gap(p, own, batch), own)
+        return ScoreDifference(u, score_gap(p, own, batch), own)
 
 
 class NoRatio(AbstractRatio):
@@ -275,8 +325,8 @@ class NoRatio(AbstractRatio):
     exact: ClassVar[bool] = True  # there is nothing to normalize
     needs_own: ClassVar[bool] = True
 
-    def __call__(self, model: Distillation, batch: Noised, *, key: Key[Array, ""]) -> Gap:
+    def __call__(self, model: Distillation, batch: NoisyBatch, *, key: Key[Array, ""]) -> ScoreDifference:
         """See `AbstractRatio`; the log-ratios are zeros."""
         own = denoised(model.own, batch)
         gap = score_gap(model.target, own, batch)
-        return Gap(jnp.zeros_like(batch.sigma), gap, own)
+        return ScoreDifference(jnp.zeros_like(batch.sigma), gap, own)

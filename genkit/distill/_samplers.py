@@ -1,30 +1,29 @@
 """Samplers of students, for `gk.sample` and the command line."""
 
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float, Inexact, Key
+from jaxtyping import Array, Float, Inexact, Key, PyTree
 
-from genkit._core import AbstractSampler, Draws
 from genkit._core._checks import check, check_positive
 from genkit._core._fields import as_number
+from genkit.distill._facts import declared
+from genkit.distill._model import Distillation
+from genkit.distill._students import FewStep, OneStep
+from genkit.sampling import AbstractSampler, Draws
 
-from ._model import Distillation
-from ._students import FewStep, OneStep
 
-
-class Generate(AbstractSampler):
+class StudentSampler(AbstractSampler):
     """Draws of a student, by its own steps: one evaluation for a one-step student.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> import genkit as gk
         >>> student = gk.distill.OneStep(gk.diffusion.GaussianDenoiser(jnp.zeros(2), 1.0), 80.0)
-        >>> draws = gk.sample(gk.distill.Generate(), student, 3, key=jax.random.key(0))
+        >>> draws = gk.sample(gk.distill.StudentSampler(), student, 3, key=jax.random.key(0))
         >>> draws.value.shape, draws.nfe.tolist()
         ((3, 2), [1, 1, 1])
     """
@@ -34,7 +33,7 @@ class Generate(AbstractSampler):
         model: Callable,
         keys: Key[Array, " n"],
         *,
-        cond: Any,
+        cond: PyTree,
         x_init: Inexact[Array, " n *shape"] | None,
         shape: tuple[int, ...],
     ) -> Draws:
@@ -51,10 +50,10 @@ class Generate(AbstractSampler):
             The draws.
         """
         check(x_init is None, "x_init", "None: a student starts from its own latent", x_init)
-        latent = getattr(model, "latent_shape", None) or shape
+        latent = declared(model, "latent_shape", None) or shape
         z = jax.vmap(lambda key: jr.normal(key, latent))(keys)
         value = jax.vmap(lambda one, c: model(one, c))(z, cond)
-        count = jnp.full(keys.shape[0], getattr(model, "num_evaluations", 1), jnp.int32)
+        count = jnp.full(keys.shape[0], declared(model, "num_evaluations", 1), jnp.int32)
         return Draws(value, count, count)
 
 
@@ -78,7 +77,7 @@ class Renoise(AbstractSampler):
     sigmas: Float[Array, " k"] = eqx.field(converter=as_number)
 
     def __check_init__(self):
-        check(self.sigmas.ndim == 1 and self.sigmas.size > 0, "sigmas", "of shape (k,)", f"shape {self.sigmas.shape}")
+        check(self.sigmas.ndim == 1 and self.sigmas.size > 0, "sigmas", "of shape (k,)", self.sigmas)
         check_positive("sigmas", self.sigmas)
 
     def draw(
@@ -86,7 +85,7 @@ class Renoise(AbstractSampler):
         model: Callable,
         keys: Key[Array, " n"],
         *,
-        cond: Any,
+        cond: PyTree,
         x_init: Inexact[Array, " n *shape"] | None,
         shape: tuple[int, ...],
     ) -> Draws:
@@ -102,11 +101,19 @@ class Renoise(AbstractSampler):
         Returns:
             The draws.
         """
-        student = model.student if isinstance(model, Distillation) else model
-        net: Callable = student.net if isinstance(student, (OneStep, FewStep)) else student
-        noise = lambda i: jax.vmap(lambda key: jr.normal(jr.fold_in(key, i), shape))(keys)
+        net = model
+        if isinstance(net, Distillation):
+            net = net.student
+        if isinstance(net, (OneStep, FewStep)):
+            net = net.net
+
+        def noise(step: int) -> Array:
+            return jax.vmap(lambda key: jr.normal(jr.fold_in(key, step), shape))(keys)
+
         run = jax.vmap(lambda x, s, c: net(x, s, c), in_axes=(0, None, 0))
-        x = self.sigmas[0] * noise(0) if x_init is None else x_init
+        x = x_init
+        if x is None:
+            x = self.sigmas[0] * noise(0)
         for i in range(self.sigmas.shape[0]):
             if i > 0:
                 x = x + self.sigmas[i].astype(x.dtype) * noise(i)

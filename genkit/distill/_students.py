@@ -1,16 +1,16 @@
 """Students: a denoiser run once, or a few times with fresh noise between."""
 
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from genkit._core._checks import check, check_positive, is_concrete
 from genkit._core._fields import FROZEN, as_number
+from genkit.distill._facts import declared
 
 
 class OneStep(eqx.Module):
@@ -28,7 +28,7 @@ class OneStep(eqx.Module):
         [0.5, 0.5]
     """
 
-    net: Callable
+    net: Callable[..., Array]
     sigma: Float[Array, ""] = eqx.field(converter=as_number, metadata=FROZEN)
 
     def __check_init__(self):
@@ -37,9 +37,9 @@ class OneStep(eqx.Module):
     @property
     def shape(self) -> tuple[int, ...] | None:
         """Shape of one example, where the denoiser knows it."""
-        return getattr(self.net, "shape", None)
+        return declared(self.net, "shape", None)
 
-    def __call__(self, z: Float[Array, " *shape"], cond: Any = None) -> Float[Array, " *shape"]:
+    def __call__(self, z: Float[Array, " *shape"], cond: PyTree = None) -> Float[Array, " *shape"]:
         """One draw from its latent.
 
         Args:
@@ -75,20 +75,20 @@ class FewStep(eqx.Module):
     4.5.
     """
 
-    net: Callable
+    net: Callable[..., Array]
     sigmas: Float[Array, " k"] = eqx.field(converter=as_number, metadata=FROZEN)
 
     def __check_init__(self):
-        check(self.sigmas.ndim == 1 and self.sigmas.size > 0, "sigmas", "of shape (k,)", f"shape {self.sigmas.shape}")
+        check(self.sigmas.ndim == 1 and self.sigmas.size > 0, "sigmas", "of shape (k,)", self.sigmas)
         check_positive("sigmas", self.sigmas)
         if is_concrete(self.sigmas):
-            falls = bool(np.all(np.diff(np.asarray(self.sigmas)) < 0))
-            check(falls, "sigmas", "descending", str(np.asarray(self.sigmas).tolist()))
+            levels = np.asarray(self.sigmas)
+            check(bool(np.all(np.diff(levels) < 0)), "sigmas", "descending", levels.tolist())
 
     @property
     def shape(self) -> tuple[int, ...] | None:
         """Shape of one example, where the denoiser knows it."""
-        return getattr(self.net, "shape", None)
+        return declared(self.net, "shape", None)
 
     @property
     def num_evaluations(self) -> int:
@@ -98,9 +98,11 @@ class FewStep(eqx.Module):
     @property
     def latent_shape(self) -> tuple[int, ...] | None:
         """Shape of the latent: one noise for each step."""
-        return None if self.shape is None else (self.sigmas.shape[0], *self.shape)
+        if self.shape is None:
+            return None
+        return (self.sigmas.shape[0], *self.shape)
 
-    def _inputs(self, z: Array, cond: Any) -> Array:
+    def _inputs(self, z: Array, cond: PyTree) -> Array:
         """The states before each step `(k, *shape)`."""
         sigmas = self.sigmas.astype(z.dtype)
         states = [sigmas[0] * z[0]]
@@ -108,7 +110,7 @@ class FewStep(eqx.Module):
             states.append(self.net(states[-1], sigmas[i - 1], cond) + sigmas[i] * z[i])
         return jnp.stack(states)
 
-    def rollout(self, z: Float[Array, " k *shape"], cond: Any, step: Int[Array, ""]) -> Float[Array, " *shape"]:
+    def rollout(self, z: Float[Array, " k *shape"], cond: PyTree, step: Int[Array, ""]) -> Float[Array, " *shape"]:
         """The prediction of one step at the state that the steps before it reach; only that step has a gradient.
 
         Args:
@@ -119,10 +121,11 @@ class FewStep(eqx.Module):
         Returns:
             The prediction.
         """
+        # Gradients through the steps before would train each of them for all that follow.
         inputs = jax.lax.stop_gradient(self._inputs(z, cond))
         return self.net(inputs[step], self.sigmas.astype(z.dtype)[step], cond)
 
-    def __call__(self, z: Float[Array, " k *shape"], cond: Any = None) -> Float[Array, " *shape"]:
+    def __call__(self, z: Float[Array, " k *shape"], cond: PyTree = None) -> Float[Array, " *shape"]:
         """One draw from its latent.
 
         Args:

@@ -1,8 +1,13 @@
 """Distances between samples, and how good samples are."""
 
-from ._f_base import FDivergence as FDivergence
-from ._f_family import Alpha as Alpha, TotalVariation as TotalVariation
-from ._f_table import (
+from genkit.divergence._costs import AbstractCost as AbstractCost, MatrixCost as MatrixCost, PointCost as PointCost
+from genkit.divergence._entropic_transport import (
+    SinkhornState as SinkhornState,
+    sinkhorn_potentials as sinkhorn_potentials,
+)
+from genkit.divergence._f_divergences import (
+    Alpha as Alpha,
+    FDivergence as FDivergence,
     ForwardKL as ForwardKL,
     Jeffreys as Jeffreys,
     JensenShannon as JensenShannon,
@@ -13,18 +18,20 @@ from ._f_table import (
     SoftenedForwardKL as SoftenedForwardKL,
     SoftenedReverseKL as SoftenedReverseKL,
     SquaredHellinger as SquaredHellinger,
+    TotalVariation as TotalVariation,
+    from_f as from_f,
+    from_weight as from_weight,
 )
-from ._f_user import from_f as from_f, from_weight as from_weight
-from ._kernels import cauchy_schwarz as cauchy_schwarz, energy_distance as energy_distance, mmd as mmd
-from ._quality import nearest_distance_ratio as nearest_distance_ratio, precision_recall as precision_recall
-from ._ratios import diagnose as diagnose, rank_bins as rank_bins, self_normalize as self_normalize
-from ._sinkhorn import (
-    AbstractCost as AbstractCost,
-    MatrixCost as MatrixCost,
-    PointCost as PointCost,
-    SinkhornState as SinkhornState,
-    sinkhorn_divergence as sinkhorn_divergence,
-    sinkhorn_potentials as sinkhorn_potentials,
+from genkit.divergence._kernels import cauchy_schwarz as cauchy_schwarz, energy_distance as energy_distance, mmd as mmd
+from genkit.divergence._quality import (
+    nearest_distance_ratio as nearest_distance_ratio,
+    precision_recall as precision_recall,
+)
+from genkit.divergence._ratios import diagnose as diagnose, rank_bins as rank_bins, self_normalize as self_normalize
+from genkit.divergence._sinkhorn_divergence import sinkhorn_divergence as sinkhorn_divergence
+from genkit.divergence._sliced import sliced_wasserstein as sliced_wasserstein
+from genkit.divergence._transport_value import (
+    differentiable_potentials as differentiable_potentials,
     transport_value as transport_value,
+    weighted_value as weighted_value,
 )
-from ._sliced import sliced_wasserstein as sliced_wasserstein

@@ -4,20 +4,22 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Inexact
+from jaxtyping import Array, ArrayLike, Float, Int, Shaped
 
-from genkit._core._checks import check, check_count
-
-from ._pairs import as_samples, map_rows, root, squares
+from genkit._core._checks import check_count, fail
+from genkit.divergence._pairs import as_samples, common_scale, map_squares, root
 
 
 def precision_recall(
-    real: Inexact[ArrayLike, " n *shape"], fake: Inexact[ArrayLike, " m *shape"], *, k: int = 3
+    real: Shaped[ArrayLike, " n *shape"], fake: Shaped[ArrayLike, " m *shape"], *, k: int = 3
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     r"""Precision and recall of a sample against a real one, by the union of k-nearest-neighbor balls.
 
     A set's manifold is the union of balls about its points, each reaching its k-th nearest neighbor in the set.
     Precision is the share of `fake` within the manifold of `real`; recall the share of `real` within that of `fake`.
+
+    The cost grows like (n + m)^2 (d + k), in memory that does not: about a minute for two samples of 60,000 points in
+    the plane.
 
     Args:
         real: real examples `(n, *shape)`.
@@ -45,14 +47,15 @@ def precision_recall(
     check_count("k", k)
     real, fake = as_samples(real=real, fake=fake)
     for name, sample in (("real", real), ("fake", fake)):
-        check(sample.shape[0] > k, name, f"more than `k` = {k} examples", f"{sample.shape[0]}")
-    return _covered(fake, real, k), _covered(real, fake, k)
+        if sample.shape[0] <= k:
+            fail(name, f"more than `k` = {k} examples", f"{sample.shape[0]}")
+    return _precision_recall(real, fake, k)
 
 
 def nearest_distance_ratio(
-    samples: Inexact[ArrayLike, " n *shape"],
-    train: Inexact[ArrayLike, " m *shape"],
-    test: Inexact[ArrayLike, " l *shape"],
+    samples: Shaped[ArrayLike, " n *shape"],
+    train: Shaped[ArrayLike, " m *shape"],
+    test: Shaped[ArrayLike, " l *shape"],
 ) -> Float[Array, ""]:
     r"""Mean distance of samples to their nearest training example, relative to that of held-out examples.
 
@@ -78,23 +81,57 @@ def nearest_distance_ratio(
         0.5
     """
     samples, train, test = as_samples(samples=samples, train=train, test=test)
-    return _nearest_distance(samples, train) / _nearest_distance(test, train)
+    return _nearest_ratio(samples, train, test)
 
 
 @jax.jit
+def _nearest_ratio(
+    samples: Float[Array, " n d"], train: Float[Array, " m d"], test: Float[Array, " l d"]
+) -> Float[Array, ""]:
+    scale = common_scale(samples, train, test)
+    samples = samples / scale
+    train = train / scale
+    test = test / scale
+    return _nearest_distance(samples, train) / _nearest_distance(test, train)
+
+
 def _nearest_distance(points: Float[Array, " n d"], others: Float[Array, " m d"]) -> Float[Array, ""]:
     """Mean distance of points to the nearest of others."""
-    return jnp.mean(map_rows(lambda row: root(jnp.min(squares(row, others))), points, others))
+    return jnp.mean(map_squares(lambda squares, i: root(jnp.min(squares)), points, others))
 
 
 @functools.partial(jax.jit, static_argnums=2)
+def _precision_recall(
+    real: Float[Array, " n d"], fake: Float[Array, " m d"], k: int
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    scale = common_scale(real, fake)
+    real = real / scale
+    fake = fake / scale
+    return _covered(fake, real, k), _covered(real, fake, k)
+
+
 def _covered(points: Float[Array, " n d"], centers: Float[Array, " m d"], k: int) -> Float[Array, ""]:
     """The share of points within the k-nearest-neighbor ball of at least one center."""
 
-    def reach(row: tuple[Array, Array]) -> Array:
-        others = squares(row[0], centers).at[row[1]].set(jnp.inf)
-        return -jax.lax.top_k(-others, k)[0][-1]
+    def reach(squares: Float[Array, " m"], i: Int[Array, ""]) -> Float[Array, ""]:
+        """The squared distance of a center to its k-th neighbor."""
+        return _kth_smallest(squares.at[i].set(jnp.inf), k)
 
-    reaches = map_rows(reach, (centers, jnp.arange(centers.shape[0])), centers)
-    inside = map_rows(lambda row: jnp.any(squares(row, centers) <= reaches), points, centers)
+    reaches = map_squares(reach, centers, centers)
+    inside = map_squares(lambda squares, i: jnp.any(squares <= reaches), points, centers)
     return jnp.mean(inside, dtype=points.dtype)
+
+
+def _kth_smallest(values: Float[Array, " m"], k: int) -> Float[Array, ""]:
+    """The k-th smallest value, equal ones counted as often as they occur."""
+    if k > 8:
+        return -jax.lax.top_k(-values, k)[0][-1]
+    # For few neighbors passes over the row are faster than the sort behind `top_k`.
+    least = jnp.asarray(-jnp.inf, values.dtype)
+    left = jnp.asarray(k)
+    answer = least
+    for _ in range(k):
+        least = jnp.min(jnp.where(values > least, values, jnp.inf))
+        answer = jnp.where(left > 0, least, answer)
+        left = left - jnp.sum(values == least)
+    return answer

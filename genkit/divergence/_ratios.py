@@ -1,10 +1,11 @@
-"""Log-ratios as data: normalization within bins, and what tells whether they can be trusted."""
+"""Log-ratios as data: normalization within bins, and diagnostics of their reliability."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from .._core._checks import check, check_count
+from genkit._core._checks import check_count, fail
+from genkit._core._fields import as_number
 
 
 def self_normalize(
@@ -32,12 +33,13 @@ def self_normalize(
         >>> divergence.self_normalize(jnp.array([1.0, 1.0])).tolist()
         [0.0, 0.0]
     """
-    u = jnp.asarray(u)
+    u = as_number(u)
     check_count("num_bins", num_bins)
     if bins is None:
         return u - jax.nn.logsumexp(u) + jnp.log(u.size)
     bins = jnp.asarray(bins)
-    check(bins.shape == u.shape, "bins", f"of shape {u.shape}, as `u`", f"shape {bins.shape}")
+    if bins.shape != u.shape:
+        fail("bins", f"of shape {u.shape}, as `u`", f"shape {bins.shape}")
     member = bins == jnp.arange(num_bins)[:, None]
     counts = jnp.maximum(jnp.sum(member, 1), 1).astype(u.dtype)
     means = jax.nn.logsumexp(jnp.where(member, u, -jnp.inf), axis=1) - jnp.log(counts)
@@ -68,7 +70,7 @@ def rank_bins(sigma: Float[ArrayLike, " n"], num_bins: int) -> Int[Array, " n"]:
 def diagnose(
     u: Float[ArrayLike, " n"], weights: Float[ArrayLike, " n"], clip: Float[ArrayLike, ""] | float = 10.0
 ) -> dict[str, Float[Array, ""]]:
-    r"""What tells whether log-ratios at draws of q, and the weights made of them, can be trusted.
+    r"""Diagnostics of log-ratios at draws of q, and of the weights made of them.
 
     Args:
         u: log-ratios log p/q at draws of q, `(n,)`.
@@ -85,9 +87,11 @@ def diagnose(
         >>> {k: float(v) for k, v in divergence.diagnose(jnp.zeros(4), jnp.ones(4)).items()}
         {'ess': 1.0, 'clipped': 0.0, 'mean_ratio': 1.0}
     """
-    u, weights = jnp.asarray(u), jnp.asarray(weights)
+    u = as_number(u)
+    weights = as_number(weights)
     tiny = jnp.finfo(weights.dtype).tiny
-    top = jnp.maximum(jnp.max(weights), tiny)  # squares of large weights would overflow
+    # Squares of large weights would overflow: they are counted in units of the largest.
+    top = jnp.maximum(jnp.max(weights), tiny)
     ess = jnp.sum(weights / top) ** 2 / jnp.maximum(u.size * jnp.sum((weights / top) ** 2), tiny)
     clipped = jnp.mean((jnp.abs(u) > jnp.asarray(clip)).astype(u.dtype))
     return {"ess": ess, "clipped": clipped, "mean_ratio": jnp.mean(jnp.exp(jnp.clip(u, -jnp.inf, 80.0)))}

@@ -4,11 +4,10 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Inexact, Key
+from jaxtyping import Array, ArrayLike, Float, Key, Real, Shaped
 
 from genkit._core._checks import check_count, check_interval, check_key
-
-from ._pairs import as_samples
+from genkit.divergence._pairs import as_samples, common_scale
 
 
 # Numbers of one block of projections.
@@ -16,17 +15,20 @@ _BLOCK = 2**22
 
 
 def sliced_wasserstein(
-    x: Inexact[ArrayLike, " n *shape"],
-    y: Inexact[ArrayLike, " m *shape"],
+    x: Shaped[ArrayLike, " n *shape"],
+    y: Shaped[ArrayLike, " m *shape"],
     *,
     num_slices: int = 128,
-    p: Float[ArrayLike, ""] = 2,
+    p: Real[ArrayLike, ""] = 2,
     key: Key[Array, ""],
 ) -> Float[Array, ""]:
     r"""Sliced Wasserstein distance $\bigl(E_\theta W_p(\theta \cdot X, \theta \cdot Y)^p\bigr)^{1/p}$.
 
     The mean is over random directions of unit length; along each one the distance is exact, also for samples of
     different sizes: the integral of $|F^{-1}(u) - G^{-1}(u)|^p$ over the common steps of both quantile functions.
+
+    The cost is that of `num_slices` sorts of each sample, taken in blocks: about a third of a second for a slice of two
+    samples of a million on a CPU.
 
     Args:
         x: first sample `(n, *shape)`.
@@ -68,16 +70,20 @@ def _mean_over(
     """The distance over given directions."""
     widths, rank_x, rank_y = _common_steps(x.shape[0], y.shape[0])
     widths = jnp.asarray(widths, x.dtype)
+    scale = common_scale(x, y)
+    x = x / scale
+    y = y / scale
 
-    def along(direction: Array) -> Array:
+    def along(direction: Float[Array, " d"]) -> Float[Array, ""]:
         gaps = jnp.abs(jnp.sort(x @ direction)[rank_x] - jnp.sort(y @ direction)[rank_y])
         return jnp.sum(widths * gaps**order)
 
     at_once = max(1, _BLOCK // (x.shape[0] + y.shape[0]))
     costs = jax.lax.map(jax.checkpoint(along), directions, batch_size=min(at_once, directions.shape[0]))
     total = jnp.mean(costs)
+    # A root has no finite slope at zero: equal samples get the gradient zero.
     zero = total == 0
-    return jnp.where(zero, 0, jnp.where(zero, 1, total) ** (1 / order))
+    return scale * jnp.where(zero, 0, jnp.where(zero, 1, total) ** (1 / order))
 
 
 def _common_steps(n: int, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

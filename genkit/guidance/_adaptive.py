@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from genkit._core import Context, Guidance, Prediction, Slot
 from genkit._core._checks import check, check_choice, check_interval, describe
 from genkit._core._fields import as_number
-
-from ._gates import harmless
-from ._vectors import cosine
+from genkit.guidance._gates import harmless
+from genkit.guidance._vectors import cosine
+from genkit.sampling import Context, Guidance, Prediction, Slot
 
 
 class Adaptive(Guidance):
@@ -42,10 +41,10 @@ class Adaptive(Guidance):
         armed = jnp.asarray(not self.hysteresis)
         return {"inner": self.guidance.init(x), "armed": armed, "latched": jnp.asarray(False)}
 
-    def plan(self, carry: Any, ctx: Context) -> Mapping[str, bool | Bool[Array, ""]]:
+    def needs(self, carry: Any, ctx: Context) -> Mapping[str, bool | Bool[Array, ""]]:
         """What the guidance needs before the latch, the plain prediction after it."""
         guided, plain = ~carry["latched"], self.slots()[0].name
-        needs = {name: guided & need for name, need in self.guidance.plan(carry["inner"], ctx).items()}
+        needs = {name: guided & need for name, need in self.guidance.needs(carry["inner"], ctx).items()}
         return needs | {plain: needs.get(plain, False) | ~guided}
 
     def combine(
@@ -76,7 +75,7 @@ def adaptive(
     r"""Adaptive guidance: stop guiding once the conditional and the other prediction agree, and save the evaluation.
 
     Every draw has a latch of its own: when the cosine between its first two predictions reaches the threshold, it takes
-    plain predictions from the next step on, for good. `plan="compact"` of `genkit.Sampler` evaluates the draws that still
+    plain predictions from the next step on, for good. `skip="compact"` of `genkit.Sampler` evaluates the draws that still
     need both in batches of their own; otherwise the second evaluation stops with the last of the batch.
 
     Predictions of the data are compared by default. The published rule compares predictions of the noise, which agree

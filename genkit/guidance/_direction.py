@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from genkit._core import Context, Guidance, Prediction, Slot
 from genkit._core._checks import check, check_finite, check_interval
 from genkit._core._fields import as_number
-
-from ._vectors import inner, norm, shrink
-from ._weights import AbstractWeight, Scale, as_weight
+from genkit.guidance._vectors import inner, norm, shrink
+from genkit.guidance._weights import AbstractWeight, Scale, as_weight
+from genkit.sampling import Context, Guidance, Prediction, Slot
 
 
 class AbstractDirectionMap(eqx.Module):
@@ -156,7 +155,7 @@ class Project(AbstractDirectionMap):
         return g - (1 - self.eta).astype(g.dtype) * share.astype(g.dtype) * base, carry
 
 
-class Damp(AbstractDirectionMap):
+class ExponentialDamping(AbstractDirectionMap):
     r"""Damps directions that are large beside the reference, $g\, e^{-\alpha \|g\| / \|D_{ref}\|}$.
 
     Args:
@@ -167,7 +166,8 @@ class Damp(AbstractDirectionMap):
 
     Example:
         >>> import genkit as gk
-        >>> guidance = gk.guidance.Direction(gk.guidance.Slot("uncond", cond="null"), gk.guidance.Damp(8.0), 10.0)
+        >>> base = gk.guidance.Slot("uncond", cond="null")
+        >>> guidance = gk.guidance.Direction(base, gk.guidance.ExponentialDamping(8.0), 10.0)
 
     Source: the rule of MAMBO-G, reconstructed from its published implementation; here on predictions of the data.
     """
@@ -220,7 +220,7 @@ class Direction(Guidance):
         """One carry per map."""
         return tuple(each.init(x) for each in self.maps)
 
-    def plan(self, carry: Any, ctx: Context) -> Mapping[str, bool | Bool[Array, ""]]:
+    def needs(self, carry: Any, ctx: Context) -> Mapping[str, bool | Bool[Array, ""]]:
         """The reference where the scale is not 1."""
         return {"cond": True, self.reference.name: self.scale(ctx) != 1}
 

@@ -10,17 +10,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from genkit._core import Context, Guidance, Prediction, Slot
 from genkit._core._checks import check, check_choice, check_interval, describe, is_concrete
 from genkit._core._fields import as_number
+from genkit.guidance._weights import check_steps
+from genkit.sampling import AbstractPart, Context, Guidance, Prediction, Slot
 
-from ._weights import check_steps
 
-
-class AbstractWhen(eqx.Module):
+class AbstractWhen(AbstractPart):
     """A question that noise level and step answer."""
-
-    needs_grid: eqx.AbstractVar[bool]
 
     @abc.abstractmethod
     def __call__(self, ctx: Context) -> Bool[Array, ""]:
@@ -103,10 +100,10 @@ class Gate(Guidance):
         """The carry of the guidance."""
         return self.guidance.init(x)
 
-    def plan(self, carry: Any, ctx: Context) -> Mapping[str, bool | Bool[Array, ""]]:
+    def needs(self, carry: Any, ctx: Context) -> Mapping[str, bool | Bool[Array, ""]]:
         """What the guidance needs inside; the plain prediction outside."""
         inside, plain = self.when(ctx), self.guidance.slots()[0].name
-        needs = {name: inside & need for name, need in self.guidance.plan(carry, ctx).items()}
+        needs = {name: inside & need for name, need in self.guidance.needs(carry, ctx).items()}
         return needs | {plain: needs.get(plain, False) | ~inside}
 
     def combine(

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from genkit._core import Context, Guidance, Prediction, Slot
 from genkit._core._checks import (
     check,
     check_choice,
@@ -20,6 +19,7 @@ from genkit._core._checks import (
     is_concrete,
 )
 from genkit._core._fields import as_number
+from genkit.sampling import Context, Guidance, Prediction, Slot
 
 
 CONFUSIONS = ("1-p", "ratio", "rival", "odds")
@@ -64,7 +64,7 @@ class GFCG(Guidance):
         """No carry."""
         return
 
-    def plan(self, carry: Any, ctx: Context) -> Mapping[str, bool | Bool[Array, ""]]:
+    def needs(self, carry: Any, ctx: Context) -> Mapping[str, bool | Bool[Array, ""]]:
         """The plain prediction; the rest follows from it."""
         return {"cond": True}
 

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from genkit._core import Context, Guidance, Prediction, Slot
 from genkit._core._checks import check, check_choice, check_count, check_interval, describe
 from genkit._core._fields import as_number
-
-from ._weights import AbstractWeight, Scale, as_weight
+from genkit.guidance._weights import AbstractWeight, Scale, as_weight
+from genkit.sampling import Context, Guidance, Prediction, Slot
 
 
 class Classifier(Guidance):
@@ -29,7 +28,7 @@ class Classifier(Guidance):
         """No carry."""
         return
 
-    def plan(self, carry: Any, ctx: Context) -> Mapping[str, bool | Bool[Array, ""]]:
+    def needs(self, carry: Any, ctx: Context) -> Mapping[str, bool | Bool[Array, ""]]:
         """Always needed."""
         return {"uncond": True}
 
@@ -100,7 +99,7 @@ class LossGuidance(Guidance):
         """No carry."""
         return
 
-    def plan(self, carry: Any, ctx: Context) -> Mapping[str, bool | Bool[Array, ""]]:
+    def needs(self, carry: Any, ctx: Context) -> Mapping[str, bool | Bool[Array, ""]]:
         """Always needed."""
         return {"cond": True}
 

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from genkit._core import Context, Guidance, Prediction, Slot
 from genkit._core._checks import check, describe
-
-from ._weights import AbstractWeight, Complement, PlusPlus, Scale, as_weight
+from genkit.guidance._weights import AbstractWeight, CFGPlusPlus, Complement, Scale, as_weight
+from genkit.sampling import Context, Guidance, Prediction, Slot
 
 
 class Linear(Guidance):
@@ -50,7 +49,7 @@ class Linear(Guidance):
         """No carry."""
         return
 
-    def plan(self, carry: Any, ctx: Context) -> Mapping[str, bool | Bool[Array, ""]]:
+    def needs(self, carry: Any, ctx: Context) -> Mapping[str, bool | Bool[Array, ""]]:
         """What has a weight."""
         weights = [weight(ctx) for weight in self.weights]
         shares = [sum(weights, jnp.zeros(())) != 1, *(weight != 0 for weight in weights)]
@@ -117,7 +116,7 @@ def cfgpp(strength: Float[ArrayLike, ""] | float) -> Linear:
 
     Source: Chung et al., "CFG++: Manifold-constrained Classifier Free Guidance for Diffusion Models", ICLR 2025.
     """
-    return cfg(PlusPlus(strength))
+    return cfg(CFGPlusPlus(strength))
 
 
 def negative(scale: Scale, cond: Any) -> Linear:

@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from genkit._core import Context, Guidance, Prediction, Slot, Table
 from genkit._core._checks import check, describe, is_concrete
-
-from ._gates import harmless
+from genkit.guidance._gates import harmless
+from genkit.sampling import Context, Guidance, Prediction, Slot, Table
 
 
 class LinearFit(eqx.Module):
@@ -69,7 +68,7 @@ class LinearAG(Guidance):
         history = jnp.zeros((len(self.true), *x.shape), x.dtype)
         return {"inner": self.guidance.init(x), "first": history, "second": history}
 
-    def plan(self, carry: Any, ctx: Context) -> Mapping[str, bool | Bool[Array, ""]]:
+    def needs(self, carry: Any, ctx: Context) -> Mapping[str, bool | Bool[Array, ""]]:
         """Both in true steps, the plain one otherwise."""
         plain, other = (slot.name for slot in self.slots())
         here = jnp.minimum(ctx.step, len(self.true) - 1), ctx.corrector.astype(jnp.int32)

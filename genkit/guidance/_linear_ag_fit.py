@@ -2,19 +2,17 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Inexact, Int, Key
 
-from genkit._core import AbstractSampler, Draws, Guidance, Sampler, Table, sample
 from genkit._core._checks import check, check_count, check_interval, check_positive, describe
 from genkit._core._fields import as_number
-from genkit._core._sampler import as_sampler
-
-from ._linear_ag import LinearAG, LinearFit, digest, linear_ag
+from genkit.guidance._linear_ag import LinearAG, LinearFit, digest, linear_ag
+from genkit.sampling import AbstractSampler, Draws, Guidance, Sampler, Table, as_sampler, sample
 
 
 def fit_linear_ag(
@@ -90,8 +88,8 @@ def fit_linear_ag(
 
     def draw(fitted: np.ndarray, coefficients: np.ndarray) -> dict[str, np.ndarray]:
         recorder = LinearAG(guidance, jnp.asarray(coefficients), jnp.asarray(fitted), jnp.asarray(stop), None, True)
-        plan = base.plan if base.plan != "static" else "dynamic"
-        run = dataclasses.replace(base, guidance=recorder, plan=plan, patterns=None)
+        skip = base.skip if base.skip != "static" else "dynamic"
+        run = dataclasses.replace(base, guidance=recorder, skip=skip, patterns=None)
         draws = sample(
             run, denoiser, num_samples, key=key, cond=cond, x_init=x_init, shape=shape, batch_size=batch_size
         )
@@ -153,6 +151,7 @@ class LinearSampler(AbstractSampler):
     stop: int = eqx.field(static=True, kw_only=True)
     num_samples: int = eqx.field(static=True, default=200, kw_only=True)
     ridge: Float[Array, ""] = eqx.field(converter=as_number, default=1e-8, kw_only=True)
+    takes_guidance: ClassVar[bool] = True
 
     def fitted_to(self, denoiser: Callable, *, cond: Any, shape: tuple[int, ...], key: Key[Array, ""]) -> Sampler:
         """The sampler with coefficients fitted to a model.

@@ -7,12 +7,11 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from genkit._core import Context, Guidance, Prediction, Slot
 from genkit._core._fields import as_number
-
-from ._linear import as_condition
-from ._vectors import inner
-from ._weights import AbstractWeight, Scale, as_weight
+from genkit.guidance._linear import as_condition
+from genkit.guidance._vectors import inner
+from genkit.guidance._weights import AbstractWeight, Scale, as_weight
+from genkit.sampling import Context, Guidance, Prediction, Slot
 
 
 class PerpNeg(Guidance):
@@ -30,7 +29,7 @@ class PerpNeg(Guidance):
         """No carry."""
         return
 
-    def plan(self, carry: Any, ctx: Context) -> Mapping[str, bool | Bool[Array, ""]]:
+    def needs(self, carry: Any, ctx: Context) -> Mapping[str, bool | Bool[Array, ""]]:
         """Without a scale only the prediction without a condition counts."""
         on = self.scale(ctx) != 0
         return {"cond": on, "uncond": True, "negative": on & (self.strength != 0)}

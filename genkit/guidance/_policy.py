@@ -11,11 +11,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, ArrayLike, Float, Key
 
-from genkit._core import Sampler
 from genkit._core._checks import check, check_count, check_finite, check_key, check_positive
-from genkit._core._sampler import as_sampler
-
-from ._linear import cfg
+from genkit.guidance._linear import cfg
+from genkit.sampling import Sampler, as_sampler
 
 
 class PolicyFit(eqx.Module):

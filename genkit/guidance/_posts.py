@@ -4,15 +4,13 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from genkit._core import AbstractPost, Context, Guidance
 from genkit._core._checks import check_interval, check_positive
 from genkit._core._fields import as_number
-from genkit._core._guidance_algebra import Posted
+from genkit.guidance._vectors import norm, shrink
+from genkit.sampling import Context, Guidance, PredictionTransform, Transformed
 
-from ._vectors import norm, shrink
 
-
-class Rescale(AbstractPost):
+class Rescale(PredictionTransform):
     r"""Brings the standard deviation of the guided prediction back to that of the plain one; see `rescale`.
 
     Args:
@@ -42,7 +40,7 @@ class Rescale(AbstractPost):
         return x0 * (1 + self.phi.astype(x0.dtype) * (ratio - 1))
 
 
-class DynamicThreshold(AbstractPost):
+class DynamicThreshold(PredictionTransform):
     r"""Clips the prediction to a quantile of its magnitudes and scales it back; see `dynamic_threshold`.
 
     Args:
@@ -75,7 +73,7 @@ class DynamicThreshold(AbstractPost):
         return jnp.clip(x0, -edge, edge) * (limit / edge)
 
 
-class NormCap(AbstractPost):
+class NormCap(PredictionTransform):
     r"""Never longer than the plain prediction: $D \min(1, \|D_{cond}\| / \|D\|)$.
 
     Example:
@@ -94,7 +92,7 @@ class NormCap(AbstractPost):
         return shrink(x0, norm(plain))
 
 
-def rescale(guidance: Guidance, phi: Float[ArrayLike, ""] | float) -> Posted:
+def rescale(guidance: Guidance, phi: Float[ArrayLike, ""] | float) -> Transformed:
     r"""Bring the standard deviation of the guided prediction back: $\phi D \frac{std(D_{cond})}{std(D)} + (1 - \phi) D$.
 
     Acts on predictions of the data; the published rule acts on the output of the network, whatever that is.
@@ -116,12 +114,12 @@ def rescale(guidance: Guidance, phi: Float[ArrayLike, ""] | float) -> Posted:
 
     Source: Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed", WACV 2024, equations 15 and 16.
     """  # noqa: E501
-    return Posted(guidance, Rescale(phi))
+    return Transformed(guidance, Rescale(phi))
 
 
 def dynamic_threshold(
     guidance: Guidance, quantile: Float[ArrayLike, ""] | float, *, limit: Float[ArrayLike, ""] | float = 1.0
-) -> Posted:
+) -> Transformed:
     r"""Clip the guided prediction to $[-s, s]$ and divide by $s$, where $s = \max(1, quantile_p |D|)$.
 
     Args:
@@ -143,4 +141,4 @@ def dynamic_threshold(
     Source: Saharia et al., "Photorealistic Text-to-Image Diffusion Models with Deep Language Understanding", NeurIPS
     2022, section 2.3.
     """
-    return Posted(guidance, DynamicThreshold(quantile, limit))
+    return Transformed(guidance, DynamicThreshold(quantile, limit))

@@ -7,10 +7,9 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from genkit._core import Context, StepTransform
 from genkit._core._checks import check, check_choice, describe, is_concrete
 from genkit._core._fields import as_number
-from genkit._core._guidance_checks import check_net_labels
+from genkit.sampling import Context, StepTransform, check_net_labels
 
 
 class Reflect(StepTransform):

@@ -9,23 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from genkit._core import (
-    Context,
-    Guidance,
-    Hooks,
-    Population,
-    Prediction,
-    Slot,
-    StepEvent,
-    effective_sample_size,
-    systematic_resample,
-)
 from genkit._core._checks import check, check_count, check_interval, describe, is_concrete
 from genkit._core._fields import as_number
-
-from ._linear import as_condition
-from ._vectors import inner
-from ._weights import Scale, as_weight
+from genkit._core._resampling import effective_sample_size, systematic_resample
+from genkit.guidance._linear import as_condition
+from genkit.guidance._vectors import inner
+from genkit.guidance._weights import Scale, as_weight
+from genkit.sampling import Context, Guidance, Hooks, Population, Prediction, Slot, StepEvent
 
 
 class Particles(eqx.Module):
@@ -174,7 +164,7 @@ class Product(Guidance):
         """No carry."""
         return
 
-    def plan(self, carry: Any, ctx: Context) -> Mapping[str, bool | Bool[Array, ""]]:
+    def needs(self, carry: Any, ctx: Context) -> Mapping[str, bool | Bool[Array, ""]]:
         """What has a weight."""
         return {slot.name: w(ctx) != 0 for slot, w in zip(self.predictions, self.weights, strict=True)}
 

@@ -8,19 +8,17 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from genkit._core import Context
 from genkit._core._checks import check, check_finite, describe, is_concrete
 from genkit._core._fields import as_number
+from genkit.sampling import AbstractPart, Context
 
 
-class AbstractWeight(eqx.Module):
+class AbstractWeight(AbstractPart):
     """A scale as a function of noise level and step; it may know the next noise level.
 
     Args:
         needs_grid: whether it uses step numbers or the next noise level, which adaptive solvers do not have.
     """
-
-    needs_grid: eqx.AbstractVar[bool]
 
     @abc.abstractmethod
     def __call__(self, ctx: Context) -> Float[Array, ""]:
@@ -144,7 +142,7 @@ class PowerCosine(AbstractWeight):
         return 1 + (self.scale - 1) * (1 - jnp.cos(jnp.pi * _progress(ctx, self.power))) / 2
 
 
-class OfNoise(AbstractWeight):
+class FunctionOfSigma(AbstractWeight):
     """Any function of the noise level at the start of the step.
 
     Args:
@@ -153,7 +151,7 @@ class OfNoise(AbstractWeight):
     Example:
         >>> import jax.numpy as jnp
         >>> import genkit as gk
-        >>> guidance = gk.guidance.cfg(gk.guidance.OfNoise(lambda sigma: 1 + 3 * jnp.exp(-sigma)))
+        >>> guidance = gk.guidance.cfg(gk.guidance.FunctionOfSigma(lambda sigma: 1 + 3 * jnp.exp(-sigma)))
     """
 
     fn: Callable
@@ -164,7 +162,7 @@ class OfNoise(AbstractWeight):
         return jnp.asarray(self.fn(ctx.sigma_start))
 
 
-class PlusPlus(AbstractWeight):
+class CFGPlusPlus(AbstractWeight):
     r"""The scale that makes classifier-free guidance CFG++: $w = \lambda / (1 - \sigma' / \sigma)$, next level $\sigma'$.
 
     Args:
@@ -172,7 +170,7 @@ class PlusPlus(AbstractWeight):
 
     Example:
         >>> import genkit as gk
-        >>> guidance = gk.guidance.negative(gk.guidance.PlusPlus(0.6), 3)
+        >>> guidance = gk.guidance.negative(gk.guidance.CFGPlusPlus(0.6), 3)
 
     Source: Chung et al., "CFG++: Manifold-constrained Classifier Free Guidance for Diffusion Models", ICLR 2025; as a
     scale it is derived here from their algorithm 2.
@@ -219,7 +217,7 @@ def as_weight(scale: Any) -> AbstractWeight:
     if callable(scale) and not hasattr(scale, "dtype"):
         raise TypeError(
             f"`scale` must be a number, an array or a weight; got {describe(scale)}. Wrap a function of the noise "
-            "level: `gk.guidance.OfNoise(fn)`."
+            "level: `gk.guidance.FunctionOfSigma(fn)`."
         )
     try:
         value = as_number(scale)

@@ -10,34 +10,45 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from .._core._files import CorruptFileError, describe_kind
-from .._core._fit import fitted_from
-from .._core._fit_loop import Fitted
-from .._core._objective import Recipe
-from .._core._run import DEFINITION, NEEDS, is_run, read_meta, read_state
-from .._core._store import is_array_file, load_arrays, save_arrays
-from ._definition import Definition, DefinitionError, load_definition
-from ._draws import save_draws
+from genkit.io._definition import Definition, DefinitionError, load_definition
+from genkit.io._draws import load_archive, save_draws
+from genkit.storage import (
+    CorruptFileError,
+    RunFiles,
+    Stored,
+    describe_kind,
+    is_array_file,
+    is_run,
+    load_arrays,
+    read_arrays,
+    read_meta,
+    restore,
+    save_arrays,
+)
+from genkit.training import Fitted, Recipe, Source, restore_fitted
 
 
-def load(path: str | os.PathLike[str], like: PyTree = None) -> Any:
-    """Load a definition file, a run folder or an array file.
+def load(path: str | os.PathLike[str], like: PyTree = None, *, trust_edited: bool = False) -> Any:
+    """Load a definition file, a run folder, an array file or an archive of draws.
 
-    Loading a definition file or a run folder runs Python code: load only what you trust. An array file never executes
-    anything and is verified, bit by bit, before anything is taken from it.
+    Loading a definition file or a run folder runs Python code: load only what you trust. Array files and archives never
+    execute anything and are verified, bit by bit, before anything is taken from them; nor does a run folder for which
+    `like` is given.
 
     Args:
         path: a `.py` file, a run folder, or a file that `save` wrote.
         like: for an array file, a pytree of the structure that was saved (its arrays may be `jax.ShapeDtypeStruct`s);
-            for a run of a recipe that came from no file, that recipe.
+            for a run folder, the model before training (or the recipe), whose structure the run's arrays are put into.
+        trust_edited: run the definition file of a run folder although it was edited since the training began.
 
     Returns:
-        The recipe, problem or sampler of a definition file; a `Fitted` for a run folder; for an array file `like` with
-        the file's arrays.
+        The recipe, problem or sampler of a definition file; a `Fitted` for a run folder, or, given the model, the
+        moving average of the trained model (the model itself where none was kept); for an array file `like` with the
+        file's arrays; the `gk.Draws` or the dict that was saved to an `.npz` file.
 
     Raises:
         FileNotFoundError: if nothing is there.
-        DefinitionError: if a definition file fails or does not bind what it must.
+        DefinitionError: if a definition file fails, does not bind what it must, or was edited in its run folder.
         CorruptFileError: if a file is damaged or foreign.
         ValueError: if arrays do not fit, naming the first leaf that differs.
 
@@ -54,11 +65,15 @@ def load(path: str | os.PathLike[str], like: PyTree = None) -> Any:
     if path.is_dir():
         if not is_run(path):
             raise FileNotFoundError(f"`{path}` is not a run folder: it has neither meta.json nor state.gk.")
-        return load_run(path, like=like)
+        if like is None or isinstance(like, Recipe):
+            return load_run(path, like=like, trust_edited=trust_edited)
+        return _load_model(path, like)
     if not path.is_file():
         raise FileNotFoundError(f"nothing to load at `{path}` ({describe_kind(path)}).")
     if path.suffix == ".py":
         return load_definition(path).value
+    if path.suffix == ".npz":
+        return load_archive(path)
     if not is_array_file(path):
         raise CorruptFileError(path, "it is neither a definition file (.py) nor an array file of genkit")
     if like is None:
@@ -92,19 +107,21 @@ def save(path: str | os.PathLike[str], object: PyTree) -> None:
         save_arrays(path, object)
 
 
-def load_run(path: str | os.PathLike[str], like: PyTree = None) -> Fitted:
+def load_run(path: str | os.PathLike[str], like: Recipe | None = None, *, trust_edited: bool = False) -> Fitted:
     """Load a run folder; runs its definition file.
 
     Args:
         path: the folder.
-        like: the recipe, where the run has no definition file.
+        like: the recipe, where the run has no definition file; then nothing is run.
+        trust_edited: run the definition file although it was edited since the training began.
 
     Returns:
-        What the training gave, up to the last checkpoint.
+        The result of the training, up to the last checkpoint.
 
     Raises:
         FileNotFoundError: if there is no run, or no checkpoint in it yet.
-        CorruptFileError: if a file of the run is damaged.
+        DefinitionError: if the run's copy of its definition file was edited.
+        CorruptFileError: if a file of the run is damaged, or belongs to another run.
         ValueError: if the recipe does not fit the checkpoint, naming the first leaf that differs.
 
     Example:
@@ -119,22 +136,53 @@ def load_run(path: str | os.PathLike[str], like: PyTree = None) -> Fitted:
         >>> bool(gk.io.load_run(run, like=recipe).model == fitted.model)
         True
     """
-    path = Path(path)
-    meta, stored = read_meta(path), read_state(path)
-    if isinstance(like, Recipe):
+    files = RunFiles(path)
+    meta = read_meta(path)
+    stored = _read_state(files)
+    files.check_state(stored, meta)
+    if like is not None:
         recipe = like
-    elif (path / DEFINITION).is_file():
-        definition = load_definition(path / DEFINITION, ("recipe",))
-        runs = {name: path / NEEDS / name for name in definition.needs}
-        recipe = with_needs(definition, runs)
+    elif files.definition.is_file():
+        files.check_needs(meta)
+        if files.was_edited(meta) and not trust_edited:
+            raise DefinitionError(
+                f"`{files.definition}` was edited since the training began, so that it may give another model. "
+                "Pass `trust_edited` to run it all the same."
+            )
+        definition = load_definition(files.definition, ("recipe",))
+        recipe = with_needs(definition, {name: files.needs / name for name in definition.needs})
     else:
         raise ValueError(f"`like` must be the recipe `{path}` was trained with: the run has no definition file.")
     key = jax.random.wrap_key_data(jax.numpy.asarray(meta["key"]["data"], np.uint32), impl=meta["key"]["impl"])
-    return fitted_from(stored, recipe, key)
+    return restore_fitted(stored, recipe, key=key)
+
+
+def _load_model(path: Path, like: PyTree) -> PyTree:
+    """The trained model of a run in the structure of `like`, its averaged leaves in place of the trained ones."""
+    files = RunFiles(path)
+    stored = _read_state(files)
+    files.check_state(stored, read_meta(path))
+    model = restore(stored, like, "['state'].model")
+    return jax.tree_util.tree_map_with_path(functools.partial(_averaged, stored), model)
+
+
+def _averaged(stored: Stored, key_path: tuple[object, ...], leaf: PyTree) -> PyTree:
+    """The moving average of one leaf of a model; the leaf itself where none was kept."""
+    average = stored.leaves.get("['state'].ema" + jax.tree_util.keystr(key_path))
+    if average is None:
+        return leaf
+    # Averages of half-precision leaves are kept in single precision.
+    return jax.numpy.asarray(average, leaf.dtype)
+
+
+def _read_state(files: RunFiles) -> Stored:
+    if not files.state.is_file():
+        raise FileNotFoundError(f"`{files.folder}` holds no checkpoint yet: it has no {files.state.name}.")
+    return read_arrays(files.state)
 
 
 def with_needs(definition: Definition, runs: Mapping[str, str | os.PathLike[str]]) -> Recipe:
-    """The recipe of a definition file whose `build` takes other models.
+    """Give the `build` of a definition file the other models that it takes.
 
     Args:
         definition: the file.
@@ -160,18 +208,18 @@ def with_needs(definition: Definition, runs: Mapping[str, str | os.PathLike[str]
         >>> gk.io.with_needs(gk.io.load_definition(path), {}).num_steps
         3
     """
-    missing, extra = sorted(set(definition.needs) - set(runs)), sorted(set(runs) - set(definition.needs))
-    if missing:
-        name = missing[0]
-        raise DefinitionError(
-            f"{definition.path} needs `{name}`, a run of {definition.needs[name]}; give one with --with {name}=RUN."
-        )
-    if extra:
-        known = ", ".join(definition.needs) or "nothing"
-        raise DefinitionError(f"{definition.path} needs {known}; got `{extra[0]}` besides.")
+    for name, example in definition.needs.items():
+        if name not in runs:
+            raise DefinitionError(
+                f"{definition.path} needs `{name}`, a run of {example}; give one with --with {name}=RUN."
+            )
+    for name in runs:
+        if name not in definition.needs:
+            known = ", ".join(definition.needs) or "nothing"
+            raise DefinitionError(f"{definition.path} needs {known}; got `{name}` besides.")
     if not runs:
         return definition.value
     models = {name: load_run(folder).ema for name, folder in runs.items()}
-    source = definition.value.source
-    source = type(source)(source.path, source.text, tuple((name, str(folder)) for name, folder in runs.items()))
+    folders = tuple((name, str(folder)) for name, folder in runs.items())
+    source = Source(str(definition.path), definition.text, folders)
     return definition.value.replace(build=functools.partial(definition.value.build, **models), source=source)

@@ -1,28 +1,87 @@
 """Hamiltonian Monte Carlo through numpyro."""
 
-from typing import Any
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
+import jax.random as jr
 import numpyro
 from jaxtyping import Array, Key
 from numpyro.infer import HMC as _HMC, NUTS as _NUTS, init_to_uniform
+from numpyro.infer.hmc import HMCState
+from numpyro.ops.provenance import eval_provenance
 
-from .._core._checks import check_count, check_interval
-from .._core._infer import Posterior
-from .._core._objective import Problem
-from ..vi._posterior import describe_draw, observed_values
-from ..vi._program import Program
-from ._chains import advance
+from genkit._core._checks import check_count, check_interval
+from genkit.inference import Posterior, Problem, as_compiled_argument, trace_at
+from genkit.mcmc._chains import run_chains
 
 
-class NUTS(eqx.Module):
+class AbstractHamiltonian(eqx.Module):
+    """A method that runs chains of a Hamiltonian kernel of numpyro, together in one vectorized program."""
+
+    num_warmup: eqx.AbstractVar[int]
+    num_samples: eqx.AbstractVar[int]
+    num_chains: eqx.AbstractVar[int]
+    target_accept: eqx.AbstractVar[float]
+
+    def __check_init__(self) -> None:
+        check_count("num_warmup", self.num_warmup)
+        check_count("num_samples", self.num_samples)
+        check_count("num_chains", self.num_chains)
+        check_interval("target_accept", self.target_accept, 0, 1, open_lo=True, open_hi=True)
+
+    def kernel(self, model: Callable) -> _HMC:
+        """The numpyro kernel of a model."""
+        raise NotImplementedError
+
+    def facts(self, state: HMCState) -> dict[str, Array]:
+        """Facts of the last transition, under ArviZ's names.
+
+        Args:
+            state: the kernel's state, batched over chains.
+
+        Returns:
+            Arrays (chain,).
+        """
+        return {
+            "diverging": state.diverging,
+            "n_steps": state.num_steps,
+            "acceptance_rate": state.accept_prob,
+            "energy": state.energy,
+            "step_size": state.adapt_state.step_size,
+        }
+
+    def run(self, problem: Problem, *, key: Key[Array, ""]) -> Posterior:
+        """Draw from the posterior.
+
+        Args:
+            problem: model and data.
+            key: typed PRNG key.
+
+        Returns:
+            Samples with axes (chain, draw, ...); divergences, energies, step sizes and tree sizes in `stats`.
+
+        Raises:
+            ValueError: for a model with discrete latent sites, or with `numpyro.param` sites that its density depends
+                on.
+        """
+        check_sites(problem)
+        # The second key once drew the predictions; the chains keep the first, and with it their draws.
+        key_run, _ = jr.split(key)
+        with jax.debug_key_reuse(False):  # numpyro's own initialization uses one key twice
+            samples, stats = run_chains(self, as_compiled_argument(problem), key_run)
+        samples, stats = jax.device_get((samples, stats))
+        return Posterior(samples, None, ("chain", "draw"), stats=stats, attrs={"method": type(self).__name__})
+
+
+class NUTS(AbstractHamiltonian):
     """The no-U-turn sampler with dual averaging and a diagonal mass matrix.
 
     Args:
         num_warmup: adaptation steps per chain.
         num_samples: draws kept per chain.
-        num_chains: chains, run together in one vectorised program.
+        num_chains: chains, run together in one vectorized program.
         target_accept: acceptance probability the step size is tuned to, in (0, 1).
         max_tree_depth: at most `2 ** max_tree_depth` leapfrog steps per draw.
         dense_mass: adapt a full mass matrix.
@@ -48,40 +107,28 @@ class NUTS(eqx.Module):
     dense_mass: bool = eqx.field(static=True, default=False, kw_only=True)
 
     def __check_init__(self) -> None:
-        """Validate."""
-        for name in ("num_warmup", "num_samples", "num_chains", "max_tree_depth"):
-            check_count(name, getattr(self, name))
-        check_interval("target_accept", self.target_accept, 0, 1, open_lo=True, open_hi=True)
+        check_count("max_tree_depth", self.max_tree_depth)
 
-    def run(self, problem: Problem, *, key: Key[Array, ""]) -> Posterior:
-        """Draw from the posterior.
-
-        Args:
-            problem: model and data.
-            key: typed PRNG key.
-
-        Returns:
-            Samples with axes (chain, draw, ...), with divergences and tree sizes in `stats`.
-
-        Raises:
-            ValueError: for a model with discrete latent sites.
-        """
-        kernel = _NUTS(
-            problem.model,
+    def kernel(self, model: Callable) -> _HMC:
+        return _NUTS(
+            model,
             target_accept_prob=self.target_accept,
             max_tree_depth=self.max_tree_depth,
             dense_mass=self.dense_mass,
         )
-        return _run(kernel, self, problem, key)
+
+    def facts(self, state: HMCState) -> dict[str, Array]:
+        depth = 1 + jnp.floor(jnp.log2(jnp.maximum(state.num_steps, 1))).astype(jnp.int32)
+        return {**super().facts(state), "tree_depth": depth}
 
 
-class HMC(eqx.Module):
+class HMC(AbstractHamiltonian):
     """Hamiltonian Monte Carlo with a fixed trajectory length.
 
     Args:
         num_warmup: adaptation steps per chain.
         num_samples: draws kept per chain.
-        num_chains: chains, run together in one vectorised program.
+        num_chains: chains, run together in one vectorized program.
         trajectory_length: integration time per draw, positive.
         target_accept: acceptance probability the step size is tuned to, in (0, 1).
 
@@ -105,61 +152,52 @@ class HMC(eqx.Module):
     target_accept: float = eqx.field(static=True, default=0.8, kw_only=True)
 
     def __check_init__(self) -> None:
-        """Validate."""
-        for name in ("num_warmup", "num_samples", "num_chains"):
-            check_count(name, getattr(self, name))
         check_interval("trajectory_length", self.trajectory_length, 0, open_lo=True)
-        check_interval("target_accept", self.target_accept, 0, 1, open_lo=True, open_hi=True)
 
-    def run(self, problem: Problem, *, key: Key[Array, ""]) -> Posterior:
-        """Draw from the posterior.
-
-        Args:
-            problem: model and data.
-            key: typed PRNG key.
-
-        Returns:
-            Samples with axes (chain, draw, ...).
-
-        Raises:
-            ValueError: for a model with discrete latent sites.
-        """
-        kernel = _HMC(problem.model, trajectory_length=self.trajectory_length, target_accept_prob=self.target_accept)
-        return _run(kernel, self, problem, key)
+    def kernel(self, model: Callable) -> _HMC:
+        return _HMC(model, trajectory_length=self.trajectory_length, target_accept_prob=self.target_accept)
 
 
-def _refuse_discrete(problem: Problem) -> None:
-    """HMC moves on a continuous space."""
-    # Improper laws cannot be drawn from: they start where the chains will.
+def check_sites(problem: Problem) -> None:
+    """Refuse models that a Hamiltonian method cannot draw from.
+
+    Args:
+        problem: model and data.
+
+    Raises:
+        ValueError: for discrete latent sites, and for parameters that the density depends on.
+    """
+    # Improper distributions cannot be drawn from: they start where the chains will.
     start = numpyro.handlers.substitute(substitute_fn=init_to_uniform())
     with numpyro.handlers.trace() as trace, start, numpyro.handlers.seed(rng_seed=0):
         problem.model(*problem.args, **problem.kwargs)
+    latent = {}
+    params = {}
     for name, site in trace.items():
-        if site["type"] == "sample" and not site["is_observed"] and site["fn"].support.is_discrete:
-            raise ValueError(
-                f"`model` must have continuous latent sites for Hamiltonian Monte Carlo; got the discrete "
-                f"site {name!r} ({type(site['fn']).__name__}). Sum it out in the model, or use gk.vi.Fit."
-            )
+        if site["type"] == "param":
+            params[name] = site["value"]
+        elif site["type"] == "sample" and not site["is_observed"]:
+            latent[name] = site["value"]
+            if site["fn"].support.is_discrete:
+                raise ValueError(
+                    f"`model` must have continuous latent sites for Hamiltonian Monte Carlo; got the discrete "
+                    f"site {name!r} ({type(site['fn']).__name__}). Sum it out in the model, or use gk.vi.Fit."
+                )
+    if params:
+        _refuse_params(problem, latent, params)
 
 
-def _run(kernel: Any, method: Any, problem: Problem, key: Any) -> Posterior:
-    _refuse_discrete(problem)
-    key_run, key_predict = jax.random.split(key)
-    with jax.debug_key_reuse(False):  # numpyro's own initialization uses one key twice
-        keys = jax.random.split(key_run, method.num_chains)
-        state = kernel.init(keys, method.num_warmup, None, problem.args, problem.kwargs)
-        latent, stats = advance(kernel, state, method, problem)
-    model = Program(problem.model, problem.args, problem.kwargs)
-    keys = jax.random.split(key_predict, (method.num_chains, method.num_samples))
-    describe = jax.jit(jax.vmap(jax.vmap(lambda value, key: describe_draw(model, value, key))))
-    facts = jax.device_get(describe(latent, keys))
-    return Posterior(
-        {**jax.device_get(latent), **facts["deterministic"]},
-        facts["log_density"],
-        ("chain", "draw"),
-        stats=stats,
-        log_likelihood=facts["log_likelihood"],
-        predictive=facts["predictive"],
-        observed=observed_values(problem, jax.tree.map(lambda x: x[0, 0], latent)),
-        attrs={"method": type(method).__name__},
-    )
+def _refuse_params(problem: Problem, latent: dict[str, Array], params: dict[str, Array]) -> None:
+    """Refuse parameters that matter; `random_flax_module` and its kin make some that they then replace by priors."""
+
+    def contributions(**params: Array) -> list[Array]:
+        trace = trace_at(problem, {**latent, **params}, key=jr.key(0))
+        return [site["fn"].log_prob(site["value"]) for site in trace.values() if site["type"] == "sample"]
+
+    used = sorted(set().union(*jax.tree.leaves(eval_provenance(contributions, **params))))
+    if used:
+        raise ValueError(
+            "`model` must have no `numpyro.param` sites for Hamiltonian Monte Carlo; got "
+            f"{', '.join(map(repr, used))}, which chains would leave at their initial values. Give them priors "
+            "(`numpyro.handlers.lift`), or use gk.vi.Fit, which trains them."
+        )

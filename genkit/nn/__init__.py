@@ -1,6 +1,6 @@
 """Networks `(x, t, cond) -> array` for one example, to be preconditioned into denoisers."""
 
-from ._dit import DiT as DiT
-from ._embeddings import ConditionEmbedding as ConditionEmbedding
-from ._mlp import MLP as MLP
-from ._unet import UNet as UNet
+from genkit.nn._dit import DiT as DiT
+from genkit.nn._embeddings import ConditionEmbedding as ConditionEmbedding
+from genkit.nn._mlp import MLP as MLP
+from genkit.nn._unet import UNet as UNet

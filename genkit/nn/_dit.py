@@ -1,7 +1,5 @@
 """A small transformer on image patches, conditioned through its normalizations."""
 
-from typing import Any
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -9,9 +7,8 @@ import jax.random as jr
 from jaxtyping import Array, ArrayLike, Float, Key
 
 from genkit._core._checks import check, check_count
-
-from ._embeddings import ConditionEmbedding
-from ._layers import attend, check_state, normalize, zeroed
+from genkit.nn._embeddings import ConditionEmbedding
+from genkit.nn._layers import attend, check_state, normalize, zeroed
 
 
 class DiT(eqx.Module):
@@ -77,13 +74,16 @@ class DiT(eqx.Module):
             f"even and a multiple of `num_heads` = {num_heads}",
             width,
         )
-        tokens, size = (height // patch) * (breadth // patch), channels * patch**2
+        tokens = (height // patch) * (breadth // patch)
+        size = channels * patch**2
         key_embed, key_first, key_position, key_blocks, key_modulate, key_last = jr.split(key, 6)
-        self.shape, self.patch = tuple(shape), patch
+        self.shape = tuple(shape)
+        self.patch = patch
         self.embed = ConditionEmbedding(width, num_labels=num_labels, cond_size=cond_size, key=key_embed)
         self.first = eqx.nn.Linear(size, width, key=key_first)
         self.position = 0.3 * jr.normal(key_position, (tokens, width))
         self.blocks = tuple(_Block(width, num_heads, key=block_key) for block_key in jr.split(key_blocks, depth))
+        # Zero gates and output: at first every block is the identity, which deep transformers need to train at all.
         self.last_modulate = zeroed(eqx.nn.Linear(width, 2 * width, key=key_modulate))
         self.last = zeroed(eqx.nn.Linear(width, size, key=key_last))
 
@@ -93,7 +93,7 @@ class DiT(eqx.Module):
         return self.embed.num_labels
 
     def __call__(
-        self, x: Float[Array, " channels height width"], t: Float[ArrayLike, ""], cond: Any = None
+        self, x: Float[Array, " channels height width"], t: Float[ArrayLike, ""], cond: ArrayLike | None = None
     ) -> Float[Array, " channels height width"]:
         """Evaluate the network on one image.
 
@@ -147,6 +147,7 @@ def _to_patches(x: Float[Array, " c h w"], patch: int) -> Float[Array, " tokens 
     """Cut an image into flattened square patches."""
     channels, height, width = x.shape
     blocks = x.reshape(channels, height // patch, patch, width // patch, patch)
+    # Patches first, row by row; within a patch channel, row, column.
     return blocks.transpose(1, 3, 0, 2, 4).reshape(-1, channels * patch**2)
 
 

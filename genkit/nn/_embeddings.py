@@ -1,19 +1,18 @@
-"""What networks are told besides the state: the noise level (or time) and the condition."""
-
-from typing import Any
+"""Embeddings of the inputs beside the state: the noise level (or time) and the condition."""
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, ArrayLike, Float, Key
 
 from genkit._core._checks import check, check_count, describe
 
 
 # Periods of the time features: from the whole range of log(sigma)/4 or of t in [0, 1] down to a sixteenth of a unit.
-_LOWEST_FREQUENCY, _HIGHEST_FREQUENCY = 0.125, 16.0
+_LOWEST_FREQUENCY = 0.125
+_HIGHEST_FREQUENCY = 16.0
 
 
 class ConditionEmbedding(eqx.Module):
@@ -54,13 +53,19 @@ class ConditionEmbedding(eqx.Module):
         key_in, key_out, key_null, key_cond = jr.split(key, 4)
         self.time_in = eqx.nn.Linear(size, size, key=key_in)
         self.time_out = eqx.nn.Linear(size, size, key=key_out)
-        conditional = num_labels is not None or cond_size is not None
-        self.null = jr.normal(key_null, (size,)) if conditional else None
-        self.table = jr.normal(key_cond, (num_labels, size)) if num_labels is not None else None
-        self.project = eqx.nn.Linear(cond_size, size, key=key_cond) if cond_size is not None else None
-        self.num_labels, self.cond_size = num_labels, cond_size
+        self.null = None
+        self.table = None
+        self.project = None
+        if num_labels is not None or cond_size is not None:
+            self.null = jr.normal(key_null, (size,))
+        if num_labels is not None:
+            self.table = jr.normal(key_cond, (num_labels, size))
+        if cond_size is not None:
+            self.project = eqx.nn.Linear(cond_size, size, key=key_cond)
+        self.num_labels = num_labels
+        self.cond_size = cond_size
 
-    def __call__(self, t: Float[Array, ""], cond: Any = None) -> Float[Array, " size"]:
+    def __call__(self, t: Float[Array, ""], cond: ArrayLike | None = None) -> Float[Array, " size"]:
         """Embed a time and a condition.
 
         Args:
@@ -82,7 +87,7 @@ class ConditionEmbedding(eqx.Module):
             return jax.nn.silu(embedding)
         return jax.nn.silu(embedding + self._embed_condition(cond))
 
-    def _embed_condition(self, cond: Any) -> Float[Array, " size"]:
+    def _embed_condition(self, cond: ArrayLike | None) -> Float[Array, " size"]:
         """The embedding of a condition, or of its absence."""
         assert self.null is not None
         if cond is None:
@@ -91,9 +96,11 @@ class ConditionEmbedding(eqx.Module):
         if self.table is not None:
             label = cond.shape == () and jnp.issubdtype(cond.dtype, jnp.signedinteger)
             check(label, "cond", "one integer label", describe(cond))
+            # The index is kept in range: a negative one would count from the end, and its gradient would too.
             return jnp.where(cond < 0, self.null, self.table[jnp.maximum(cond, 0)])
         fits = cond.size == self.cond_size and jnp.issubdtype(cond.dtype, jnp.floating)
         check(fits, "cond", f"a floating vector of length {self.cond_size}", describe(cond))
         assert self.project is not None
         absent = jnp.isnan(cond).any()
+        # NaN is replaced before the product: the gradient of a masked NaN is NaN.
         return jnp.where(absent, self.null, self.project(jnp.where(absent, 0, cond).ravel()))

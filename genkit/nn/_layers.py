@@ -1,7 +1,7 @@
 """Parts that several networks share."""
 
 import math
-from typing import Any
+from typing import TypeVar
 
 import equinox as eqx
 import jax
@@ -11,11 +11,15 @@ from jaxtyping import Array, Float
 from genkit._core._checks import check
 
 
+Layer = TypeVar("Layer", bound=eqx.Module)
+
+
 def attend(queries_keys_values: Float[Array, " tokens three_width"], num_heads: int) -> Float[Array, " tokens width"]:
     """Softmax self-attention of tokens, each given as its query, key and value side by side."""
-    tokens, width = queries_keys_values.shape[0], queries_keys_values.shape[1] // 3
+    tokens, three_width = queries_keys_values.shape
+    width = three_width // 3
     split = queries_keys_values.reshape(tokens, 3, num_heads, width // num_heads)
-    query, key, value = split[:, 0], split[:, 1], split[:, 2]
+    query, key, value = jnp.unstack(split, axis=1)
     scores = jnp.einsum("qhd,khd->hqk", query, key) / math.sqrt(width // num_heads)
     return jnp.einsum("hqk,khd->qhd", jax.nn.softmax(scores, axis=-1), value).reshape(tokens, width)
 
@@ -32,6 +36,6 @@ def check_state(x: Array, shape: tuple[int, ...]) -> None:
     check(x.shape == shape, "x", f"of shape {shape}", f"shape {x.shape}", hint)
 
 
-def zeroed(layer: Any) -> Any:
+def zeroed(layer: Layer) -> Layer:
     """A layer with all its parameters zero, so that what it feeds begins as if it were not there."""
     return jax.tree.map(lambda leaf: jnp.zeros_like(leaf) if eqx.is_inexact_array(leaf) else leaf, layer)

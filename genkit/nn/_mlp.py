@@ -1,7 +1,6 @@
 """A residual multilayer perceptron conditioned on the noise level and on a label or a vector."""
 
 import math
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -10,9 +9,8 @@ import jax.random as jr
 from jaxtyping import Array, ArrayLike, Float, Key
 
 from genkit._core._checks import check_count
-
-from ._embeddings import ConditionEmbedding
-from ._layers import check_state, normalize, zeroed
+from genkit.nn._embeddings import ConditionEmbedding
+from genkit.nn._layers import check_state, normalize, zeroed
 
 
 class MLP(eqx.Module):
@@ -64,6 +62,7 @@ class MLP(eqx.Module):
         self.embed = ConditionEmbedding(width, num_labels=num_labels, cond_size=cond_size, key=key_embed)
         self.first = eqx.nn.Linear(size, width, key=key_first)
         self.blocks = tuple(_Block(width, key=block_key) for block_key in jr.split(key_blocks, depth))
+        # Zero output: a preconditioned network starts as its skip connection.
         self.last = zeroed(eqx.nn.Linear(width, size, key=key_last))
 
     @property
@@ -72,7 +71,7 @@ class MLP(eqx.Module):
         return self.embed.num_labels
 
     def __call__(
-        self, x: Float[Array, " *shape"], t: Float[ArrayLike, ""], cond: Any = None
+        self, x: Float[Array, " *shape"], t: Float[ArrayLike, ""], cond: ArrayLike | None = None
     ) -> Float[Array, " *shape"]:
         """Evaluate the network on one example.
 

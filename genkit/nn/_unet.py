@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -11,9 +10,8 @@ import jax.random as jr
 from jaxtyping import Array, ArrayLike, Float, Key
 
 from genkit._core._checks import check, check_count
-
-from ._embeddings import ConditionEmbedding
-from ._layers import attend, check_state, zeroed
+from genkit.nn._embeddings import ConditionEmbedding
+from genkit.nn._layers import attend, check_state, zeroed
 
 
 class UNet(eqx.Module):
@@ -79,8 +77,9 @@ class UNet(eqx.Module):
         factor = 2 ** (len(widths) - 1)
         fits = shape[1] % factor == 0 and shape[2] % factor == 0
         check(fits, "shape", f"of height and width divisible by {factor}", str(tuple(shape)), "Use fewer `widths`.")
-        size = 4 * widths[0]
         levels = range(len(widths))
+        # Width of the embedding, as in the paper.
+        size = 4 * widths[0]
         key_embed, key_first, key_down, key_shrink, key_middle, key_grow, key_up, key_last = jr.split(key, 8)
         self.shape = tuple(shape)
         self.embed = ConditionEmbedding(size, num_labels=num_labels, cond_size=cond_size, key=key_embed)
@@ -92,7 +91,10 @@ class UNet(eqx.Module):
         self.shrink = tuple(
             _Conv(4 * widths[i], widths[i + 1], side=1, key=jr.fold_in(key_shrink, i)) for i in levels[:-1]
         )
-        self.middle = _Attention(widths[-1], num_heads, key=key_middle) if attention else None
+        self.middle = None
+        if attention:
+            # Only at the lowest resolution: the cost grows with the fourth power of the side.
+            self.middle = _Attention(widths[-1], num_heads, key=key_middle)
         self.grow = tuple(_Conv(widths[i + 1], 4 * widths[i], side=1, key=jr.fold_in(key_grow, i)) for i in levels[:-1])
         self.up = tuple(
             tuple(_Block(2 * widths[i], widths[i], size, key=jr.fold_in(key_up, i * depth + j)) for j in range(depth))
@@ -106,7 +108,7 @@ class UNet(eqx.Module):
         return self.embed.num_labels
 
     def __call__(
-        self, x: Float[Array, " channels height width"], t: Float[ArrayLike, ""], cond: Any = None
+        self, x: Float[Array, " channels height width"], t: Float[ArrayLike, ""], cond: ArrayLike | None = None
     ) -> Float[Array, " channels height width"]:
         """Evaluate the network on one image.
 
@@ -125,6 +127,7 @@ class UNet(eqx.Module):
         for level, blocks in enumerate(self.down):
             for block in blocks:
                 hidden = block(hidden, embedding)
+                # One state per block: the way up takes them back in reverse.
                 kept.append(hidden)
             if level < len(self.shrink):
                 hidden = self.shrink[level](_space_to_depth(hidden))
@@ -156,7 +159,8 @@ class _Conv(eqx.Module):
         if side > 1:
             # Shifted copies beside each other and one matrix product: inside a compiled loop, where training and
             # sampling happen, XLA runs this about five times faster on a CPU than its own convolution.
-            margin, (height, width, _) = side // 2, x.shape
+            margin = side // 2
+            height, width, _ = x.shape
             padded = jnp.pad(x, ((margin, margin), (margin, margin), (0, 0)))
             shifts = [padded[i : i + height, j : j + width] for i in range(side) for j in range(side)]
             x = jnp.concatenate(shifts, axis=-1)
@@ -176,13 +180,17 @@ class _Block(eqx.Module):
         self.modulate = eqx.nn.Linear(size, 2 * n_out, key=key_modulate)
         self.conv_in = _Conv(n_in, n_out, key=key_in)
         self.conv_out = zeroed(_Conv(n_out, n_out, key=key_out))
-        self.shortcut = _Conv(n_in, n_out, side=1, key=key_shortcut) if n_in != n_out else None
+        self.shortcut = None
+        if n_in != n_out:
+            self.shortcut = _Conv(n_in, n_out, side=1, key=key_shortcut)
 
     def __call__(self, x: Float[Array, " h w n_in"], embedding: Float[Array, " size"]) -> Float[Array, " h w n_out"]:
         hidden = self.conv_in(jax.nn.silu(_group_normalize(x)))
         scale, shift = jnp.split(self.modulate(embedding), 2)
         hidden = self.conv_out(jax.nn.silu(_group_normalize(hidden) * (1 + scale) + shift))
-        return hidden + (x if self.shortcut is None else self.shortcut(x))
+        if self.shortcut is None:
+            return hidden + x
+        return hidden + self.shortcut(x)
 
 
 class _Attention(eqx.Module):
@@ -208,6 +216,7 @@ def _group_normalize(x: Float[Array, " h w c"]) -> Float[Array, " h w c"]:
     """Center and scale groups of up to 16 neighboring channels; the small number only guards a constant image."""
     channels = x.shape[-1]
     groups = max(1, channels // 16)
+    # Channels that do not divide evenly make one group rather than groups of different sizes.
     if channels % groups:
         groups = 1
     grouped = x.reshape(*x.shape[:-1], groups, channels // groups)

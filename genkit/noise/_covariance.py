@@ -1,34 +1,33 @@
 """Exact second moments of fractional Brownian motion of both kinds and of its increments."""
 
-import functools
-
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from genkit._core._checks import check, check_choice, check_count, check_interval, is_concrete
+from genkit._core._checks import check, check_choice, check_count, check_interval
+from genkit._core._known import float_dtype, is_known
+from genkit.noise._quadrature import tanh_sinh
 
 
 KINDS = ("I", "II")
 
-
-@functools.cache
-def _tanh_sinh(num: int = 161, span: float = 5.2) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and weights on (0, 1) that resolve a power singularity at 0 (both ends are graded doubly exponentially)."""
-    u, step = np.linspace(-span, span, num, retstep=True)
-    z = np.pi * np.sinh(u)
-    # log v, log (1 - v) computed apart, so that nodes as small as 1e-124 keep full relative precision
-    log_v, log_rest = -np.logaddexp(0.0, -z), -np.logaddexp(0.0, z)
-    return np.exp(log_v), step * np.pi * np.cosh(u) * np.exp(log_v + log_rest)
+# Nodes and span of the one integrand of kind II, singular at 0 like a power above -1/2.
+_NODES = (161, 5.2)
+_SMALLEST_NODE = 1e-36
 
 
-def _nodes(dtype: jnp.dtype) -> tuple[Array, Array]:
-    v, w = _tanh_sinh()
-    keep = v > 1e-36  # smaller nodes underflow in float32, where their weight is below rounding anyway
+def _nodes(dtype: np.dtype) -> tuple[Array, Array]:
+    """Logarithms of the nodes, and the weights."""
+    rule = tanh_sinh(*_NODES)
+    log_node = rule.log_node
+    weight = np.exp(rule.log_weight)
     if dtype == jnp.float32:
-        v, w = v[keep], w[keep]
-    return jnp.asarray(v, dtype), jnp.asarray(w, dtype)
+        # Smaller nodes underflow in float32, where their weight is below rounding anyway.
+        keep = log_node > np.log(_SMALLEST_NODE)
+        log_node = log_node[keep]
+        weight = weight[keep]
+    return jnp.asarray(log_node, dtype), jnp.asarray(weight, dtype)
 
 
 def _power(base: Array, exponent: Array) -> Array:
@@ -38,18 +37,22 @@ def _power(base: Array, exponent: Array) -> Array:
 
 
 def valid_index(hurst: Array) -> Array:
-    """An index known only at run time cannot be refused: outside (0, 1) it becomes NaN."""
-    return hurst if is_concrete(hurst) else jnp.where((hurst > 0) & (hurst < 1), hurst, jnp.nan)
+    """The index, or NaN where it is outside (0, 1) and known only at run time, when nothing can be refused."""
+    if is_known(hurst):
+        return hurst
+    return jnp.where((hurst > 0) & (hurst < 1), hurst, jnp.nan)
 
 
 def as_floats(*values: ArrayLike) -> tuple[Array, ...]:
     """The values in one floating dtype and one shape."""
-    dtype = jnp.result_type(float, *(jnp.asarray(v) for v in values))
-    return tuple(jnp.broadcast_arrays(*(jnp.asarray(v, dtype) for v in values)))
+    dtype = float_dtype(*values)
+    arrays = [jnp.asarray(v, dtype) for v in values]
+    shape = jnp.broadcast_shapes(*(a.shape for a in arrays))
+    return tuple(jnp.broadcast_to(a, shape) for a in arrays)
 
 
 def check_pair(hurst: ArrayLike, s: ArrayLike, t: ArrayLike, kind: str) -> None:
-    """Refuse what no covariance takes."""
+    """Refuse an index outside (0, 1), negative times and unknown kinds."""
     check_choice("kind", kind, KINDS)
     check_interval("hurst", hurst, 0, 1, open_lo=True, open_hi=True)
     check_interval("s", s, 0)
@@ -93,12 +96,12 @@ def fbm_covariance(hurst: ArrayLike, s: ArrayLike, t: ArrayLike, kind: str = "I"
 
 def _kind_two(h: Array, lo: Array, gap: Array) -> Array:
     """Kind II covariance at times lo and lo + gap; the diagonal is known and is the one case quadrature finds hard."""
-    v, w = _nodes(h.dtype)
+    log_v, weight = _nodes(h.dtype)
+    v = jnp.exp(log_v)
     a = (h - 0.5)[..., None]
     ratio = jnp.where(gap > 0, gap, lo) / jnp.where(lo > 0, lo, 1.0)
-    log_v = jnp.log(v)
     integrand = jnp.exp(a * (log_v + jnp.log(ratio[..., None] + v)))
-    off_diagonal = 2 * h * _power(lo, 2 * h) * (integrand @ w)
+    off_diagonal = 2 * h * _power(lo, 2 * h) * (integrand @ weight)
     return jnp.where(gap > 0, off_diagonal, _power(lo, 2 * h))
 
 
@@ -123,12 +126,13 @@ def fgn_autocovariance(hurst: ArrayLike, num: int) -> Float[Array, " num"]:
     check_interval("hurst", hurst, 0, 1, open_lo=True, open_hi=True)
     check(jnp.ndim(hurst) == 0, "hurst", "a scalar", hurst, "Use jax.vmap for several.")
     check_count("num", num)
-    h = valid_index(jnp.asarray(hurst, jnp.result_type(float, jnp.asarray(hurst))))
+    h = valid_index(jnp.asarray(hurst, float_dtype(hurst)))
     k = jnp.arange(num, dtype=h.dtype)
     direct = (_power(k + 1, 2 * h) - 2 * _power(k, 2 * h) + _power(jnp.abs(k - 1), 2 * h)) / 2
     # The difference loses k digits-squared for long lags: there the binomial series in 1 / k^2 is used instead.
     far = jnp.maximum(k, 8.0)
-    term, series = jnp.ones_like(k), jnp.zeros_like(k)
+    term = jnp.ones_like(k)
+    series = jnp.zeros_like(k)
     for m in range(1, 10):
         term = term * (2 * h - 2 * m + 2) * (2 * h - 2 * m + 1) / ((2 * m - 1) * (2 * m)) / far**2
         series = series + term

@@ -1,12 +1,19 @@
 """Fractional noise as a diffrax control."""
 
-from typing import Any
+import math
+from typing import TYPE_CHECKING
 
+import jax
 import jax.numpy as jnp
+import jax.random as jr
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
-from ._sampling import fbm
+from genkit.noise._sampling import fbm
+
+
+if TYPE_CHECKING:
+    import diffrax
 
 
 def as_path(
@@ -17,7 +24,7 @@ def as_path(
     kind: str = "I",
     method: str | None = None,
     key: Key[Array, ""],
-) -> Any:
+) -> "diffrax.LinearInterpolation":
     """An exact fractional Brownian path as a `diffrax.AbstractPath`, to drive a `diffrax.ControlTerm`.
 
     The path is drawn at `ts` and linear between them; take fixed steps on `ts` (a finer step would see a smoother
@@ -45,13 +52,9 @@ def as_path(
         >>> path.evaluate(0.0, 0.5).shape
         ()
     """
-    import diffrax
-    import jax
-    import jax.random as jr
+    import diffrax  # slow to import
 
-    size = 1
-    for n in shape:
-        size *= n
+    size = math.prod(shape)
     paths = jax.vmap(lambda k: fbm(hurst, ts, kind=kind, method=method, key=k))(jr.split(key, size))
     times = jnp.asarray(ts, paths.dtype)
     values = paths.T.reshape(times.shape[0], *shape)

@@ -1,6 +1,6 @@
 """Second moments of the fractional Ornstein-Uhlenbeck process, without cancellation at any rate of reversion."""
 
-import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,27 +10,15 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from genkit._core._checks import check_interval, check_positive
-
-from ._covariance import as_floats, check_pair, valid_index
+from genkit.noise._covariance import as_floats, check_pair, valid_index
+from genkit.noise._quadrature import tanh_sinh
 
 
 _CUT = 40.0  # exp(-40) is below rounding in float64: integrals against exp(-theta w) stop at theta w = 40
 _WIDE = (151, 6.8)  # nodes and span of integrands as singular as w ** (2 H - 1): the ends reach exp(-1400)
 _NARROW = (61, 4.0)  # of the inner integrals, whose singularities are milder than w ** (-1/2)
 _FAR_NODES = 48  # Gauss-Legendre in log w beyond the cut
-
-
-@functools.cache
-def _tanh_sinh(num: int, span: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Logarithms of nodes v on (0, 1), of 1 - v and of the weights (both ends are graded doubly exponentially)."""
-    u, step = np.linspace(-span, span, num, retstep=True)
-    z = np.pi * np.sinh(u)
-    log_v, log_rest = -np.logaddexp(0.0, -z), -np.logaddexp(0.0, z)
-    return log_v, log_rest, np.log(step * np.pi * np.cosh(u)) + log_v + log_rest
-
-
-def _nodes(rule: tuple[int, float], dtype: jnp.dtype) -> tuple[Array, ...]:
-    return tuple(jnp.asarray(x, dtype) for x in _tanh_sinh(*rule))
+_BLOCK = 4096  # entries of a matrix computed at a time: a few dozen arrays of this many by 151 nodes are alive at once
 
 
 def _safe_log(x: Array) -> Array:
@@ -44,11 +32,14 @@ class _Decay:
     """
 
     def __init__(self, theta: Array, length: Array):
-        log_v, log_rest, self.log_weight = _nodes(_WIDE, length.dtype)
+        log_v, log_rest, self.log_weight = tanh_sinh(*_WIDE).cast(length.dtype)
         long = theta * length > _CUT
         reach = jnp.where(long, _CUT / jnp.where(long, theta, 1.0), length)[..., None]
-        self.reach, self.near, self.rest = reach, reach * jnp.exp(log_v), reach * jnp.exp(log_rest)
-        self.log_near, self.log_rest = _safe_log(reach) + log_v, _safe_log(reach) + log_rest
+        self.reach = reach
+        self.near = reach * jnp.exp(log_v)
+        self.rest = reach * jnp.exp(log_rest)
+        self.log_near = _safe_log(reach) + log_v
+        self.log_rest = _safe_log(reach) + log_rest
         self.decay = jnp.exp(-theta[..., None] * self.near)
 
     def log_after(self, start: Array) -> Array:
@@ -62,6 +53,7 @@ class _Decay:
         return beyond + self.rest, jnp.where(beyond > 0, _safe_log(beyond + self.rest), self.log_rest)
 
     def power(self, exponent: Array, log_base: Array) -> Array:
+        """Powers of the base, times the weights of the rule."""
         return jnp.exp(exponent[..., None] * log_base + self.log_weight)
 
     def growth(self, exponent: Array, base: Array, log_base: Array, more: Array, log_sum: Array) -> Array:
@@ -73,7 +65,18 @@ class _Decay:
         return jnp.where(close, fine, self.power(exponent, log_sum) - self.power(exponent, log_base))
 
     def integral(self, values: Array) -> Array:
+        """The integral of values at the nodes that already carry the weights."""
         return jnp.sum(self.decay * values, axis=-1) * self.reach[..., 0]
+
+
+def _in_blocks(entry: Callable[..., Array], size: int, *values: Array) -> Array:
+    """`entry` of arrays of one shape, `size` entries at a time, computed again for gradients instead of stored."""
+    flat = [v.ravel() for v in values]
+    block = jax.checkpoint(entry)
+    if flat[0].shape[0] <= size:
+        return block(*flat).reshape(values[0].shape)
+    result = jax.lax.map(lambda args: block(*(a[None] for a in args))[0], tuple(flat), batch_size=size)
+    return result.reshape(values[0].shape)
 
 
 def fou_covariance(
@@ -113,13 +116,21 @@ def fou_covariance(
     check_pair(hurst, s, t, kind)
     h, s, t, theta, sigma = as_floats(hurst, s, t, theta, sigma)
     h = valid_index(h)
-    lo, hi = jnp.minimum(s, t), jnp.maximum(s, t)
-    return sigma**2 * (_kind_one if kind == "I" else _kind_two)(h, lo, hi, theta)
+    lo = jnp.minimum(s, t)
+    hi = jnp.maximum(s, t)
+    if kind == "I":
+        return sigma**2 * _kind_one(h, lo, hi, theta)
+    return sigma**2 * _kind_two(h, lo, hi, theta)
 
 
 @jax.jit
 def _kind_one(h: Array, lo: Array, hi: Array, theta: Array) -> Array:
-    p, gap = 2 * h - 1, hi - lo
+    return _in_blocks(_kind_one_entries, _BLOCK, h, lo, hi, theta)
+
+
+def _kind_one_entries(h: Array, lo: Array, hi: Array, theta: Array) -> Array:
+    p = 2 * h - 1
+    gap = hi - lo
     # the width that the two J do not share is given, because in hi - (gap - lo) its digits would be lost
     past = _recent(p, jnp.maximum(gap - lo, 0.0), jnp.minimum(2 * lo, hi), theta)
     rest = jnp.exp(-theta * hi) * _recent(p, jnp.zeros_like(lo), lo, theta)
@@ -153,9 +164,8 @@ def _recent(p: Array, less: Array, width: Array, theta: Array) -> Array:
 
 @jax.jit
 def _kind_two(h: Array, lo: Array, hi: Array, theta: Array) -> Array:
-    flat = tuple(x.ravel() for x in (h, lo, hi - lo, theta))
-    entry = jax.checkpoint(_kind_two_entry)  # its double quadrature is cheaper to repeat than to store for gradients
-    return jax.lax.map(lambda args: entry(*args), flat, batch_size=16).reshape(h.shape)
+    # Each entry holds a double quadrature, hence the small blocks.
+    return _in_blocks(jax.vmap(_kind_two_entry), 16, h, lo, hi - lo, theta)
 
 
 def _kind_two_entry(h: Array, lo: Array, gap: Array, theta: Array) -> Array:
@@ -166,7 +176,9 @@ def _kind_two_entry(h: Array, lo: Array, gap: Array, theta: Array) -> Array:
     log_far = rule.log_after(gap)
     kernels = _kernel(a, theta * rule.near) * _kernel(a, theta * (gap + rule.near))
     near = jnp.sum(rule.power(a, rule.log_near + log_far) * kernels) * cut
-    nodes, weights = (jnp.asarray(x, h.dtype) for x in np.polynomial.legendre.leggauss(_FAR_NODES))
+    host_nodes, host_weights = np.polynomial.legendre.leggauss(_FAR_NODES)
+    nodes = jnp.asarray(host_nodes, h.dtype)
+    weights = jnp.asarray(host_weights, h.dtype)
     span = _safe_log(lo) - _safe_log(cut)
     log_w = _safe_log(cut) + span * (nodes + 1) / 2
     w = jnp.exp(log_w)
@@ -177,7 +189,7 @@ def _kind_two_entry(h: Array, lo: Array, gap: Array, theta: Array) -> Array:
 
 def _kernel(a: Array, z: Array) -> Array:
     """`1F1(1; a + 1; -z)`: the response of the process to the noise z / theta ago, over that of the noise itself."""
-    log_v, log_rest, log_weight = _nodes(_NARROW, z.dtype)
+    log_v, log_rest, log_weight = tanh_sinh(*_NARROW).cast(z.dtype)
     long = z > _CUT
     reach = jnp.where(long, _CUT / jnp.where(long, z, 1.0), 1.0)[..., None]
     v = jnp.exp(log_v) * reach
@@ -210,3 +222,50 @@ def stationary_fou_variance(hurst: ArrayLike, theta: ArrayLike, sigma: ArrayLike
     check_positive("theta", theta)
     h, theta, sigma = as_floats(hurst, theta, sigma)
     return sigma**2 * jnp.exp(gammaln(2 * h + 1) - 2 * h * jnp.log(theta)) / 2
+
+
+def stationary_fou_covariance(
+    hurst: ArrayLike, lag: ArrayLike, theta: ArrayLike, sigma: ArrayLike = 1.0
+) -> Float[Array, " *shape"]:
+    r"""Covariance of the stationary fractional Ornstein-Uhlenbeck process (kind I) at times `lag` apart, elementwise.
+
+    With $p=2H-1$ it is $\tfrac{\sigma^2H}2\{e^{-\theta d}\Gamma(2H)\theta^{-2H}+\int_0^\infty e^{-\theta w}(d+w)^pdw
+    -\int_0^de^{-\theta(d-r)}r^pdr\}$ at lag $d$, the limit of `fou_covariance` for late times.
+
+    Args:
+        hurst: Hurst index in (0, 1).
+        lag: time between the two values, non-negative.
+        theta: mean reversion rate, positive.
+        sigma: noise scale.
+
+    Returns:
+        The covariance, of the broadcast shape of the arguments.
+
+    Raises:
+        ValueError: if `hurst` is outside (0, 1), a lag is negative or `theta` is not positive.
+
+    Example:
+        >>> from genkit.noise import stationary_fou_covariance
+        >>> round(float(stationary_fou_covariance(0.5, 1.0, 1.0)), 4)  # exp(-1) / 2
+        0.1839
+
+    Source: limit of the formula of Cheridito, Kawaguchi and Maejima, "Fractional Ornstein-Uhlenbeck processes", 2003,
+    reduced to single integrals for this library.
+    """
+    check_interval("hurst", hurst, 0, 1, open_lo=True, open_hi=True)
+    check_interval("lag", lag, 0)
+    check_positive("theta", theta)
+    h, lag, theta, sigma = as_floats(hurst, lag, theta, sigma)
+    return sigma**2 * _stationary(valid_index(h), lag, theta)
+
+
+@jax.jit
+def _stationary(h: Array, lag: Array, theta: Array) -> Array:
+    return _in_blocks(_stationary_entries, _BLOCK, h, lag, theta)
+
+
+def _stationary_entries(h: Array, lag: Array, theta: Array) -> Array:
+    start = jnp.exp(-theta * lag + gammaln(2 * h) - 2 * h * jnp.log(theta))
+    # So long a past that the rest of the first integral is below rounding.
+    late = lag + _CUT / theta
+    return h / 2 * (start + _symmetric(2 * h - 1, late, lag, theta))

@@ -1,15 +1,19 @@
 """Exact likelihood of fractional Gaussian noise in O(n^2) by Levinson's recursion."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from genkit._core._checks import check, check_interval
+from genkit._core._known import float_dtype
+from genkit.noise._covariance import fgn_autocovariance
 
-from ._covariance import fgn_autocovariance
+
+_SHORT = 512  # series whose every state is kept for gradients: a megabyte, and no step is repeated
 
 
 class LevinsonState(NamedTuple):
@@ -51,8 +55,8 @@ def fgn_whiten(increments: Float[ArrayLike, " n"], hurst: ArrayLike) -> tuple[Fl
         hurst: Hurst index in (0, 1), a scalar; differentiable.
 
     Returns:
-        The standardised one-step prediction errors, shape (n,), and the log-determinant of the covariance. A mean is
-        fitted by whitening a column of ones alike (generalised least squares).
+        The standardized one-step prediction errors, shape (n,), and the log-determinant of the covariance. A mean is
+        fitted by whitening a column of ones alike (generalized least squares).
 
     Raises:
         ValueError: if `hurst` is outside (0, 1) or no scalar, or the series is not one-dimensional.
@@ -67,7 +71,7 @@ def fgn_whiten(increments: Float[ArrayLike, " n"], hurst: ArrayLike) -> tuple[Fl
     Source: Brockwell and Davis, "Time Series: Theory and Methods", section 5.2 (Durbin-Levinson).
     """
     check_interval("hurst", hurst, 0, 1, open_lo=True, open_hi=True)
-    x = jnp.asarray(increments, jnp.result_type(float, jnp.asarray(increments)))
+    x = jnp.asarray(increments, float_dtype(increments))
     check(x.ndim == 1 and x.shape[0] >= 1, "increments", "a series of shape (n,)", f"shape {x.shape}")
     n = x.shape[0]
     r = fgn_autocovariance(hurst, n).astype(x.dtype)
@@ -82,8 +86,31 @@ def fgn_whiten(increments: Float[ArrayLike, " n"], hurst: ArrayLike) -> tuple[Fl
         return (state, past), (error / jnp.sqrt(state.variance), jnp.log(state.variance))
 
     past = jnp.zeros(n - 1, x.dtype).at[0].set(x[0])
-    _, (white, log_var) = jax.lax.scan(body, (levinson_start(r), past), jnp.arange(1, n))
+    white, log_var = _scan_in_blocks(body, (levinson_start(r), past), jnp.arange(1, n))
     return jnp.concatenate([x[:1], white]), jnp.sum(log_var)
+
+
+def _scan_in_blocks(body: Callable, carry: PyTree, xs: Array) -> PyTree:
+    """The outputs of `jax.lax.scan`, with gradients that keep the state only between blocks of about the root.
+
+    The state is as long as the series: kept at every step, 20,000 values would take 10 GB.
+    """
+    num = xs.shape[0]
+    if num <= _SHORT:
+        return jax.lax.scan(body, carry, xs)[1]
+    size = round(num**0.5)
+    whole = num - num % size
+
+    @jax.checkpoint
+    def block(carry: PyTree, xs: Array) -> tuple[PyTree, PyTree]:
+        return jax.lax.scan(body, carry, xs)
+
+    carry, outputs = jax.lax.scan(block, carry, xs[:whole].reshape(-1, size))
+    outputs = jax.tree.map(lambda out: out.reshape(-1, *out.shape[2:]), outputs)
+    if whole == num:
+        return outputs
+    _, rest = block(carry, xs[whole:])
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), outputs, rest)
 
 
 def fgn_log_prob(
@@ -111,6 +138,9 @@ def fgn_log_prob(
 
     Source: Levinson's recursion as in `fgn_whiten`.
     """
-    white, log_det = fgn_whiten((jnp.asarray(increments) - mean) / scale, hurst)
+    dtype = float_dtype(increments)
+    mean = jnp.asarray(mean, dtype)
+    scale = jnp.asarray(scale, dtype)
+    white, log_det = fgn_whiten((jnp.asarray(increments, dtype) - mean) / scale, hurst)
     n = white.shape[0]
     return -0.5 * (jnp.sum(white**2) + log_det + n * jnp.log(2 * jnp.pi)) - n * jnp.log(scale)

@@ -1,6 +1,6 @@
 """Exact samples of fractional Brownian motion: Davies-Harte, Hosking, Cholesky."""
 
-from typing import Any
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,17 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 from scipy import special
 
-from genkit._core._checks import check, check_choice, check_interval, check_key, is_concrete
+from genkit._core._checks import check, check_choice, check_interval, check_key
+from genkit._core._known import Numbers, float_dtype, on_host
+from genkit._core._memory import check_bytes
+from genkit._core._times import check_times, rounding_of
+from genkit.noise._covariance import KINDS, fbm_covariance, fgn_autocovariance, valid_index
+from genkit.noise._likelihood import levinson_start, levinson_step, levinson_update
 
-from ._covariance import KINDS, fbm_covariance, fgn_autocovariance, valid_index
-from ._likelihood import levinson_start, levinson_step, levinson_update
+
+METHODS = ("davies_harte", "hosking", "cholesky")
+_DEFAULT_METHOD = {"I": "davies_harte", "II": "cholesky"}
+_MATRICES = 6  # of n by n in float64 that are alive at once while a covariance is made and factorized
 
 
 def fbm(
@@ -57,69 +64,72 @@ def fbm(
     check_interval("hurst", hurst, 0, 1, open_lo=True, open_hi=True)
     check(jnp.ndim(hurst) == 0, "hurst", "a scalar", hurst, "Use jax.vmap for several.")
     check_key(key)
-    method = method or ("davies_harte" if kind == "I" else "cholesky")
-    check_choice("method", method, ("davies_harte", "hosking", "cholesky"))
-    check(
-        kind == "I" or method == "cholesky",
-        "method",
-        "'cholesky' for kind 'II', whose increments are not stationary",
-        repr(method),
-    )
+    if method is None:
+        method = _DEFAULT_METHOD[kind]
+    check_choice("method", method, METHODS)
+    expected = "'cholesky' for kind 'II', whose increments are not stationary"
+    check(kind == "I" or method == "cholesky", "method", expected, repr(method))
     check_times("ts", ts)
     if method == "cholesky":
         return _cholesky(hurst, ts, kind, key)
     spacing, slots = _equal_spacing(ts, method)
-    draw = _davies_harte if method == "davies_harte" else _hosking
-    noise = draw(hurst, int(slots[-1]), key)
+    num = int(slots[-1])
+    if method == "davies_harte":
+        noise = _davies_harte(hurst, num, key)
+    else:
+        noise = _hosking(hurst, num, key)
     path = jnp.concatenate([jnp.zeros(1, noise.dtype), jnp.cumsum(noise)])
-    return spacing ** jnp.asarray(hurst, path.dtype) * path[slots]
-
-
-def check_times(name: str, ts: ArrayLike) -> None:
-    """Refuse times that are not one-dimensional, increasing and non-negative."""
-    check(jnp.ndim(ts) == 1 and jnp.size(ts) >= 1, name, "times of shape (n,)", f"shape {jnp.shape(ts)}")
-    check_interval(name, ts, 0)
-    if is_concrete(ts):
-        gaps = np.diff(np.asarray(ts))
-        bad = int(np.argmin(gaps)) if gaps.size else 0
-        ok = gaps.size == 0 or bool((gaps > 0).all())
-        why = "" if ok else f"{name}[{bad}] = {np.asarray(ts)[bad]} then {np.asarray(ts)[bad + 1]}"
-        check(ok, name, "strictly increasing", why, "Sort the times and drop duplicates.")
+    return jnp.asarray(spacing, path.dtype) ** jnp.asarray(hurst, path.dtype) * path[slots]
 
 
 def _equal_spacing(ts: ArrayLike, method: str) -> tuple[float, np.ndarray]:
     """The spacing of `ts` and its integer multiples, or an error saying which method takes any times."""
     hint = "Use method='cholesky' for irregular times."
-    check(is_concrete(ts), "ts", f"concrete under method={method!r}", "a traced array", hint)
-    times = np.asarray(ts, np.float64)
+    given = on_host(ts)
+    if given is None:
+        raise ValueError(f"`ts` must be concrete under method={method!r}; got a traced array. {hint}")
+    times = given.astype(np.float64)
     if times.size == 1:
-        return float(times[0]) or 1.0, np.array([int(times[0] > 0)])
-    spacing = (times[-1] - times[0]) / (times.size - 1)
+        spacing = float(times[0])
+        if spacing == 0:
+            spacing = 1.0
+        return spacing, np.array([int(times[0] > 0)])
+    spacing = float((times[-1] - times[0]) / (times.size - 1))
     slots = np.rint(times / spacing).astype(int)
-    # float32 grids carry rounding of a few units in the last place of the largest time
-    given = np.asarray(ts).dtype
-    eps = np.finfo(given).eps if np.issubdtype(given, np.floating) else 0.0
-    tolerance = 1e-5 * spacing + 4 * eps * times[-1]
+    # Grids in float32 carry rounding of a few units in the last place of the largest time.
+    tolerance = 1e-5 * spacing + 4 * rounding_of(given) * times[-1]
     worst = float(np.max(np.abs(times - slots * spacing)))
-    regular = worst <= tolerance and bool((np.diff(slots) == 1).all())
-    found = f"times off the grid of spacing {spacing:.6g} by up to {worst:.3g}"
-    check(regular, "ts", f"equally spaced from a multiple of the spacing under method={method!r}", found, hint)
-    return float(spacing), slots
+    if worst > tolerance or not (np.diff(slots) == 1).all():
+        found = f"times off the grid of spacing {spacing:.6g} by up to {worst:.3g}"
+        check(False, "ts", f"equally spaced from a multiple of the spacing under method={method!r}", found, hint)
+    return spacing, slots
 
 
 def _cholesky(hurst: ArrayLike, given: ArrayLike, kind: str, key: Array) -> Array:
     """With index and times known the factor comes from float64: float32 cannot tell late times apart."""
-    known = is_concrete(hurst) and is_concrete(given)  # before conversion, which a program may stage
-    ts = jnp.asarray(given, jnp.result_type(float, jnp.asarray(given)))
-    noise = jr.normal(key, ts.shape, ts.dtype)
-    if known:
-        factor = jnp.asarray(_host_factor(np.asarray(hurst, np.float64), np.asarray(given, np.float64), kind), ts.dtype)
-    elif kind == "I":
-        factor = _factor(increment_covariance(valid_index(jnp.asarray(hurst, ts.dtype)), ts, jnp), jnp)
-    else:
-        factor = _factor(fbm_covariance(hurst, ts[:, None], ts[None, :], kind), jnp)
-    values = jnp.where(ts > 0, factor @ noise, 0.0)
-    return values if known or kind == "II" else jnp.cumsum(values)
+    _check_memory(jnp.size(given), kind)
+    dtype = float_dtype(given)
+    index = on_host(hurst)  # before conversion, which a program may stage
+    times = on_host(given)
+    ts = jnp.asarray(given, dtype)
+    noise = jr.normal(key, ts.shape, dtype)
+    if index is not None and times is not None:
+        factor = _host_factor(index.astype(np.float64), times.astype(np.float64), kind)
+        return jnp.where(ts > 0, jnp.asarray(factor, dtype) @ noise, 0.0)
+    if kind == "I":
+        hurst = valid_index(jnp.asarray(hurst, dtype))
+        factor = _factor(increment_covariance(hurst, ts, jnp), jnp)
+        return jnp.cumsum(jnp.where(ts > 0, factor @ noise, 0.0))
+    factor = _factor(fbm_covariance(hurst, ts[:, None], ts[None, :], kind), jnp)
+    return jnp.where(ts > 0, factor @ noise, 0.0)
+
+
+def _check_memory(num: int, kind: str) -> None:
+    """Refuse as many times as would not fit in memory."""
+    hint = "Use the default method, 'davies_harte', for equal spacing; `genkit.sde.simulate` takes any times."
+    if kind == "II":
+        hint = "`genkit.sde.simulate` with `ma_fbm(kind='II')` takes any number of times."
+    check_bytes("ts", 8 * _MATRICES * num**2, f"{num:,} times, whose covariance is factorized", hint)
 
 
 def _host_factor(hurst: np.ndarray, ts: np.ndarray, kind: str) -> np.ndarray:
@@ -128,21 +138,21 @@ def _host_factor(hurst: np.ndarray, ts: np.ndarray, kind: str) -> np.ndarray:
             return np.cumsum(_factor(increment_covariance(hurst, ts, np), np), axis=0)
         return _factor(_host_kind_two(hurst, ts), np)
     except np.linalg.LinAlgError:
-        check(False, "ts", "far enough apart for the covariance to be factorised in float64", f"{ts.size} times")
+        check(False, "ts", "far enough apart for the covariance to be factorized in float64", f"{ts.size} times")
         raise
 
 
-def _factor(cov: Any, xp: Any) -> Any:
+def _factor(cov: Numbers, xp: ModuleType) -> Numbers:
     """Cholesky factor, scaled to correlations; the jitter is at the level of rounding."""
     variance = xp.diagonal(cov)
     still = variance == 0  # B(0) = 0 has no variance: give it a unit one, the caller zeroes it afterwards
     scale = xp.sqrt(xp.where(still, 1.0, variance))
-    eye = xp.eye(cov.shape[0], dtype=cov.dtype)
-    corr = cov / (scale[:, None] * scale[None, :]) + eye * xp.where(still, 1.0, 8 * xp.finfo(cov.dtype).eps)
+    jitter = xp.where(still, 1.0, 8 * float(xp.finfo(cov.dtype).eps)).astype(cov.dtype)
+    corr = cov / (scale[:, None] * scale[None, :]) + xp.diag(jitter)
     return xp.where(still, 0.0, scale)[:, None] * xp.linalg.cholesky(corr)
 
 
-def increment_covariance(hurst: Any, ts: Any, xp: Any) -> Any:
+def increment_covariance(hurst: Numbers, ts: Numbers, xp: ModuleType) -> Numbers:
     """Covariance of B(ts[0]) and the increments that follow (kind I), first differences of powers taken by expm1.
 
     The factor of the values is the cumulative sum of the factor of the increments, whose condition is far better.
@@ -152,9 +162,10 @@ def increment_covariance(hurst: Any, ts: Any, xp: Any) -> Any:
     width = xp.diff(ends)
     gap = xp.maximum(ends[:-1, None] - ends[None, 1:], 0.0)  # from the end of the earlier to the later
 
-    def growth(x: Any) -> Any:
+    def growth(x: Numbers) -> Numbers:
         """(x + width) ** p - x ** p."""
-        safe, w = xp.where(x > 0, x, 1.0), width[:, None]
+        safe = xp.where(x > 0, x, 1.0)
+        w = width[:, None]
         grown = xp.exp(p * xp.log(safe)) * xp.expm1(p * xp.log1p(w / safe))
         return xp.where(x > 0, grown, xp.where(w > 0, xp.exp(p * xp.log(xp.where(w > 0, w, 1.0))), 0.0))
 
@@ -164,14 +175,17 @@ def increment_covariance(hurst: Any, ts: Any, xp: Any) -> Any:
 
 
 def _host_kind_two(h: np.ndarray, ts: np.ndarray) -> np.ndarray:
-    lo, hi = np.minimum(ts[:, None], ts[None, :]), np.maximum(ts[:, None], ts[None, :])
+    lo = np.minimum(ts[:, None], ts[None, :])
+    hi = np.maximum(ts[:, None], ts[None, :])
     hi = np.where(hi > 0, hi, 1.0)
     log_scale = np.log(2 * h) + special.gammaln(h + 0.5) - special.gammaln(h + 1.5)
     rows, columns = np.tril_indices(ts.size, -1)
-    x, y = lo[rows, columns], hi[rows, columns]
+    x = lo[rows, columns]
+    y = hi[rows, columns]
     cov = np.diag(ts ** (2 * h))
     values = np.exp(log_scale) * x ** (h + 0.5) * y ** (h - 0.5) * special.hyp2f1(0.5 - h, 1.0, h + 1.5, x / y)
-    cov[rows, columns] = cov[columns, rows] = values
+    cov[rows, columns] = values
+    cov[columns, rows] = values
     return cov
 
 
@@ -191,33 +205,45 @@ def _hosking(hurst: ArrayLike, num: int, key: Array) -> Array:
     """With a known index, its predictors come from float64: as H -> 1 their errors are below rounding in float32."""
     if num == 0:
         return jnp.zeros(0)
+    index = on_host(hurst)
     r = fgn_autocovariance(hurst, num + 1)
     white = jr.normal(key, (num,), r.dtype)
-    known = _reflections(np.asarray(hurst, np.float64), num) if is_concrete(hurst) else None
+    given = None
+    if index is not None:
+        reflections, deviations = _reflections(index.astype(np.float64), num)
+        given = (jnp.asarray(reflections, r.dtype), jnp.asarray(deviations, r.dtype))
 
     def body(carry: tuple, inputs: tuple) -> tuple[tuple, Array]:
         state, past = carry
-        k, given = inputs
-        state = levinson_step(state, k, r) if given is None else levinson_update(state, k, given[0])
-        sd = jnp.sqrt(state.variance) if given is None else given[1]
-        value = jnp.sum(state.forward * past) + sd * white[k]
+        k, known = inputs
+        if known is None:
+            state = levinson_step(state, k, r)
+            deviation = jnp.sqrt(state.variance)
+        else:
+            reflection, deviation = known
+            state = levinson_update(state, k, reflection)
+        value = jnp.sum(state.forward * past) + deviation * white[k]
         return (state, jnp.roll(past, 1).at[0].set(value)), value
 
     past = jnp.zeros(num, r.dtype).at[0].set(white[0])
-    given = None if known is None else tuple(jnp.asarray(x, r.dtype) for x in known)
     _, rest = jax.lax.scan(body, (levinson_start(r), past), (jnp.arange(1, num), given))
     return jnp.concatenate([white[:1], rest])
 
 
 def _reflections(hurst: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:
     """Partial autocorrelations of fractional Gaussian noise at lags 1 to num - 1, sd of the prediction errors."""
-    p, k = 2 * hurst, np.arange(2.0, num)
+    p = 2 * hurst
+    k = np.arange(2.0, num)
     far = k**p * (np.expm1(p * np.log1p(1 / k)) + np.expm1(p * np.log1p(-1 / k))) / 2
     r = np.concatenate([[1.0, 2 ** (p - 1) - 1], far])
-    forward, variance, out = np.zeros(0), 1.0, np.zeros((num - 1, 2))
+    forward = np.zeros(0)
+    variance = 1.0
+    reflections = np.zeros(num - 1)
+    deviations = np.zeros(num - 1)
     for lag in range(1, num):
         reflection = (r[lag] - forward @ r[lag - 1 : 0 : -1]) / variance
         forward = np.append(forward - reflection * forward[::-1], reflection)
         variance *= 1 - reflection**2
-        out[lag - 1] = reflection, np.sqrt(variance)
-    return out[:, 0], out[:, 1]
+        reflections[lag - 1] = reflection
+        deviations[lag - 1] = np.sqrt(variance)
+    return reflections, deviations

@@ -14,11 +14,13 @@ _RIDGE = 1e-10  # relative to unit diagonal: bounds the weights, costs nothing v
 
 def grid(num_terms: int, lo: float, hi: float) -> np.ndarray:
     """The speeds on the unit clock, geometrically spaced."""
-    return np.geomspace(lo, hi, num_terms) if num_terms > 1 else np.array([np.sqrt(lo * hi)])
+    if num_terms == 1:
+        return np.array([np.sqrt(lo * hi)])
+    return np.geomspace(lo, hi, num_terms)
 
 
 def kind_one_variance(hurst: np.ndarray | float) -> np.ndarray | float:
-    """Variance at t = 1 of the unnormalised Mandelbrot-Van Ness integral, 1 / (Gamma(2H+1) sin(pi H))."""
+    """Variance at t = 1 of the unnormalized Mandelbrot-Van Ness integral, 1 / (Gamma(2H+1) sin(pi H))."""
     return 1.0 / (special.gamma(2 * hurst + 1) * np.sin(np.pi * hurst))
 
 
@@ -29,7 +31,7 @@ def _solve(gram: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 def weights_kind_two(gamma: np.ndarray, hurst: float) -> np.ndarray:
-    """Mean-square optimal weights on [0, 1] of the unnormalised Riemann-Liouville process, all started at 0."""
+    """Mean-square optimal weights on [0, 1] of the unnormalized Riemann-Liouville process, all started at 0."""
     total = gamma[:, None] + gamma[None, :]
     gram = (1 + np.expm1(-total) / total) / total
     a = hurst + 0.5
@@ -50,7 +52,8 @@ def weights_of_full_variance(gamma: np.ndarray, hurst: float) -> np.ndarray:
     cross = (1 + np.expm1(-total) / total) / total
     wanted = 1.0 / (2 * hurst * (2 * hurst + 1) * special.gamma(hurst + 0.5) ** 2)
     lost = max(wanted - omega @ cross @ omega, 0.0)
-    slope, curvature = cross[-1] @ omega, cross[-1, -1]
+    slope = cross[-1] @ omega
+    curvature = cross[-1, -1]
     extra = (np.sqrt(slope**2 + curvature * lost) - slope) / curvature
     omega[-1] += special.erfc((hurst - 0.3) / 0.08) / 2 * extra
     return omega
@@ -65,7 +68,7 @@ def _scaled_upper_gamma(a: float, x: np.ndarray) -> np.ndarray:
 
 
 def weights_published(gamma: np.ndarray, hurst: float) -> np.ndarray:
-    """Mean-square optimal weights on [0, 1] of the unnormalised kind I process from stationary processes."""
+    """Mean-square optimal weights on [0, 1] of the unnormalized kind I process from stationary processes."""
     total = gamma[:, None] + gamma[None, :]
     single = np.expm1(-gamma) / gamma
     gram = (2 + single[:, None] + single[None, :]) / total
@@ -79,12 +82,13 @@ def _quadrature() -> tuple[np.ndarray, np.ndarray]:
     """Gauss-Legendre on panels graded towards 0, on (0, 1)."""
     edges = np.concatenate([[0.0], np.geomspace(1e-9, 1.0, 28)])
     nodes, weights = np.polynomial.legendre.leggauss(12)
-    left, width = edges[:-1, None], np.diff(edges)[:, None]
+    left = edges[:-1, None]
+    width = np.diff(edges)[:, None]
     return (left + width * (nodes + 1) / 2).ravel(), (width * weights / 2).ravel()
 
 
 class _History:
-    """Projection of h(t), kind I minus kind II, on 1 - exp(-gamma t): a factor F(H) of the law of the coefficients.
+    """Projection of h(t), kind I minus kind II, on 1 - exp(-gamma t): a factor F(H) of the coefficients' covariance.
 
     h(t) = kappa int (e^{-g t} - 1) Y_g(0) g^{-(H + 1/2)} dg, kappa = cos(pi H) / pi, with Cov(Y_g(0), Y_g'(0)) =
     1 / (g + g'): a trapezoid sum on a very wide logarithmic grid, whose small end matters as H -> 1, large as H -> 0.
@@ -105,7 +109,7 @@ class _History:
         self.directions = np.linalg.svd(np.vstack(family), full_matrices=False)[2][:_HISTORY_RANK].T
 
     def __call__(self, hurst: float) -> np.ndarray:
-        """The full factor at one H, normalised to unit variance of the whole process."""
+        """The full factor at one H, normalized to unit variance of the whole process."""
         return _history_scale(hurst) * (self.projection * (np.exp(-hurst * self.x) * 1.5)) @ self.root
 
     def compressed(self, hurst: float) -> np.ndarray:
@@ -115,7 +119,8 @@ class _History:
         H = .01. Its variance goes along the direction e in which the factor already varies like that constant. At
         larger H the little that is missing balances the error of the projection, so the correction fades out there.
         """
-        factor, constant = self(hurst) @ self.directions, self.projection[:, -1]
+        factor = self(hurst) @ self.directions
+        constant = self.projection[:, -1]
         functions = self.metric @ factor
         system = functions @ functions.T + 1e-4 * np.eye(len(functions))  # bounds e where nothing is missing
         e = functions.T @ np.linalg.solve(system, self.metric @ constant)
@@ -137,10 +142,26 @@ def _history_scale(hurst: float) -> float:
 
 
 @functools.cache
+def start_projection(num_terms: int, lo: float, hi: float) -> tuple[np.ndarray, np.ndarray]:
+    """Logarithms x (m,) of the history's own speeds g, and the matrix (m, r) from covariances to loadings.
+
+    With c a variable's covariances with the sqrt(g) Y_g(0), `c @ matrix` are its covariances with the normals that the
+    compressed factor of the history multiplies.
+    """
+    history = _history(num_terms, lo, hi)
+    return history.x, np.linalg.solve(history.root.T, history.directions)
+
+
+@functools.cache
+def _history(num_terms: int, lo: float, hi: float) -> _History:
+    return _History(grid(num_terms, lo, hi))
+
+
+@functools.cache
 def chebyshev_tables(num_terms: int, lo: float, hi: float, kind: str) -> tuple[np.ndarray, np.ndarray]:
     """Chebyshev coefficients (n, K) of the weights and (n, K, r) of the history factor.
 
-    The weights are tabulated without the normaliser of the variance, which is not analytic at H = 0 and H = 1.
+    The weights are tabulated without the normalizer of the variance, which is not analytic at H = 0 and H = 1.
     """
     gamma = grid(num_terms, lo, hi)
     n = NUM_COEFFICIENTS
@@ -151,7 +172,7 @@ def chebyshev_tables(num_terms: int, lo: float, hi: float, kind: str) -> tuple[n
     basis[0] /= 2
     omega = basis @ np.array([solve(gamma, h) for h in hursts])
     if kind == "I":
-        history = _History(gamma)
+        history = _history(num_terms, lo, hi)
         factors = np.array([history.compressed(h) for h in hursts])
         factor = np.tensordot(basis, factors, axes=1)
     else:

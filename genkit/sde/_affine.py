@@ -9,10 +9,9 @@ import numpy as np
 from jaxtyping import Array
 
 from genkit._core._checks import check, is_concrete
-
-from ._model import FractionalSDE
-from ._observed import Observed, normal_parts
-from ._step import affine_parts
+from genkit.sde._model import FractionalSDE
+from genkit.sde._observed import Observed, normal_parts
+from genkit.sde._step import affine_parts
 
 
 def check_affine(sde: FractionalSDE, *, uncoupled: bool = False, constant: bool = True) -> Array:
@@ -20,7 +19,7 @@ def check_affine(sde: FractionalSDE, *, uncoupled: bool = False, constant: bool 
 
     Inside jit only the run can see traced ones: returns whether they pass.
     """
-    hint = "Use `elbo` or `iwelbo` with LinearGuide, which linearises it."
+    hint = "Use `elbo` or `iwelbo` with LinearGuide, which linearizes it."
     if constant:
         hint = "Use `step='path_mean'` or 'exponential' (second order), in `kalman` with `steps_per_interval`."
         check(not sde.varying, "hurst", "constant in time for exact steps", "a function of time", hint)
@@ -89,7 +88,7 @@ def check_affine_law(observed: Observed, size: Array, d: int) -> Array:
     """Refuse observations whose mean bends or whose scale varies; returns what inside jit only the run can see."""
     with jax.ensure_compile_time_eval():
         bend, change = _bends(observed.likelihood, size, d)
-    hint = "Use `elbo` or `iwelbo` with LinearGuide, which linearises it."
+    hint = "Use `elbo` or `iwelbo` with LinearGuide, which linearizes it."
     if is_concrete(bend):
         got = f"a relative deviation of {float(bend):.3g}"
         check(float(bend) <= 1e-4, "likelihood", "normal with a mean affine in x", got, hint)

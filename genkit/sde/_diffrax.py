@@ -7,10 +7,9 @@ import jax.random as jr
 from jaxtyping import Array, Key
 
 from genkit._core._checks import check, check_key, is_concrete
-
-from ._grid import make_grid, make_table
-from ._model import FractionalSDE
-from ._step import make_driver
+from genkit.sde._grid import make_grid, make_table
+from genkit.sde._model import FractionalSDE
+from genkit.sde._step import make_driver
 
 
 def as_terms(sde: FractionalSDE, *, tolerance: float | None = None, key: Key[Array, ""]) -> tuple[Any, tuple]:

@@ -11,12 +11,11 @@ from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float, Key
 
 from genkit._core._checks import NonFiniteError, check_count, check_key, is_concrete
-
-from ._grid import Grid, Noises, make_grid
-from ._guide import AbstractGuide, Plan
-from ._model import FractionalSDE
-from ._observed import Observed
-from ._simulate import Paths, check_parts, explain_blow_up, make_run, prepare, simulate_run
+from genkit.sde._grid import Grid, Noises, make_grid
+from genkit.sde._guide import AbstractGuide, Plan
+from genkit.sde._model import FractionalSDE
+from genkit.sde._observed import Observed
+from genkit.sde._simulate import Paths, check_parts, explain_blow_up, make_run, prepare, simulate_run
 
 
 def log_weights(

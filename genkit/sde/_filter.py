@@ -1,4 +1,4 @@
-"""Linear-Gaussian algebra: linearised steps, and the backward square-root information filter.
+"""Linear-Gaussian algebra: linearized steps, and the backward square-root information filter.
 
 Everything known about the future is kept as whitened rows: given the state z, `b - U z` is a standard normal vector.
 An observation adds rows; a step z' = A z + m + M eps is eliminated by whitening `U M eps + noise`, whose covariance
@@ -13,11 +13,10 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from genkit._core._checks import check
-
-from ._compress import compress
-from ._model import FractionalSDE
-from ._observed import Observed, gaussian_parts, normal_parts
-from ._step import Driver, Step, change, shape_noise
+from genkit.sde._compress import compress
+from genkit.sde._model import FractionalSDE
+from genkit.sde._observed import Observed, gaussian_parts, normal_parts
+from genkit.sde._step import Driver, Step, change, shape_noise
 
 
 class Maps(NamedTuple):
@@ -65,8 +64,8 @@ def flat_change(sde: FractionalSDE, driver: Driver, step: Step, z: Array, eps: A
     return flat_state(*change(sde, driver, step, z[:d], v, noise))
 
 
-def linearise(sde: FractionalSDE, driver: Driver, steps: Step, z: Array, eps: Array) -> Maps:
-    """The numerical steps, linearised around states z (N, n) and normals eps (N, p); exact for affine drift."""
+def linearize(sde: FractionalSDE, driver: Driver, steps: Step, z: Array, eps: Array) -> Maps:
+    """The numerical steps, linearized around states z (N, n) and normals eps (N, p); exact for affine drift."""
 
     def one(step: Step, z: Array, eps: Array) -> Maps:
         function = lambda z, eps: flat_change(sde, driver, step, z, eps)
@@ -87,7 +86,7 @@ def start_map(sde: FractionalSDE, driver: Driver) -> tuple[Array, Array]:
 
 
 def observation_rows(sde: FractionalSDE, observed: Observed, x: Array, size: int) -> tuple[Rows, Array]:
-    """Whitened rows at each observation, linearised at states x (n, d), and the constant of their log-density."""
+    """Whitened rows at each observation, linearized at states x (n, d), and the constant of their log-density."""
 
     def one(x: Array, y: Array, keep: Array) -> tuple[Rows, Array]:
         root, matrix, offset = normal_parts(observed.likelihood, x)

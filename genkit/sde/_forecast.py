@@ -12,13 +12,12 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
 from genkit._core._checks import NonFiniteError, check, check_count, check_interval, check_key, is_concrete
-
-from ._elbo import prepare_weights
-from ._grid import make_grid
-from ._guide import AbstractGuide
-from ._model import FractionalSDE
-from ._observed import Observed
-from ._simulate import check_parts
+from genkit.sde._elbo import prepare_weights
+from genkit.sde._grid import make_grid
+from genkit.sde._guide import AbstractGuide
+from genkit.sde._model import FractionalSDE
+from genkit.sde._observed import Observed
+from genkit.sde._simulate import check_parts
 
 
 class Forecast(eqx.Module):
@@ -30,7 +29,7 @@ class Forecast(eqx.Module):
         lower: lower end of the pointwise credible band, shape (n, d).
         upper: upper end, shape (n, d).
         x: the paths, shape (num_paths, n, d).
-        log_weight: their normalised log-weights, shape (num_paths,); equal when the guide is exact. `gk.io.plot_paths`
+        log_weight: their normalized log-weights, shape (num_paths,); equal when the guide is exact. `gk.io.plot_paths`
             takes them.
     """
 

@@ -11,10 +11,9 @@ from jaxtyping import Array, Float
 
 from genkit._core._checks import check, check_choice, check_interval, is_concrete
 from genkit.noise import fbm_covariance, fou_covariance
-
-from ._affine import check_affine_law
-from ._model import LearnedHurst
-from ._observed import Observed, gaussian_parts, normal_parts
+from genkit.sde._affine import check_affine_law
+from genkit.sde._model import LearnedHurst
+from genkit.sde._observed import Observed, gaussian_parts, normal_parts
 
 
 def gp_log_evidence(
@@ -27,7 +26,7 @@ def gp_log_evidence(
 ) -> Float[Array, ""]:
     r"""Exact log-evidence of fractional Brownian motion, or of $dX=-\theta X\,dt+\sigma\,dB_H$, started at 0.
 
-    No lift is involved: the covariance of the process itself is factorised, O(n^3). All coordinates are independent.
+    No lift is involved: the covariance of the process itself is factorized, O(n^3). All coordinates are independent.
     Of known numbers it is computed in float64. Inside jit and derivatives it is in the precision that is set, and
     float32 does not suffice for hundreds of points of a smooth process: set `jax_enable_x64` there, or take `kalman`.
 

@@ -10,11 +10,9 @@ import numpy as np
 from jaxtyping import Array
 
 from genkit._core._checks import check, check_count, check_positive, is_concrete
-from genkit.noise import Lift
-from genkit.noise._tables import HURST_RANGE
-
-from ._model import FractionalSDE
-from ._observed import check_times
+from genkit.noise import HURST_RANGE, Lift
+from genkit.sde._model import FractionalSDE
+from genkit.sde._observed import check_times
 
 
 MAX_STEPS = 100_000_000  # the tables on the host would take gigabytes
@@ -162,7 +160,7 @@ def _phi3(x: Any, xp: Any) -> Any:
 
 @functools.cache
 def pivots(lift: Lift) -> tuple[int, ...]:
-    """Order in which the Brownian increment (first) and the processes are factorised: greedy at a middling step."""
+    """Order in which the Brownian increment (first) and the processes are factorized: greedy at a middling step."""
     rates = np.concatenate([[0.0], lift.gamma])
     corr = _correlation(rates, np.array(0.05), np)
     order = [0]

@@ -10,24 +10,23 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from genkit._core._checks import NonFiniteError, check_count, is_concrete
-
-from ._affine import check_affine
-from ._filter import (
+from genkit.sde._affine import check_affine
+from genkit.sde._filter import (
     Backward,
     Gaussian,
     backward,
     flat_state,
     flat_step,
-    linearise,
+    linearize,
     observation_rows,
     place_rows,
     require_gaussian,
     start_map,
 )
-from ._grid import Grid, Noises, make_grid, make_table
-from ._model import FractionalSDE
-from ._observed import Observed
-from ._step import Driver, Step, make_driver, make_steps
+from genkit.sde._grid import Grid, Noises, make_grid, make_table
+from genkit.sde._model import FractionalSDE
+from genkit.sde._observed import Observed
+from genkit.sde._step import Driver, Step, make_driver, make_steps
 
 
 class Plan(NamedTuple):
@@ -76,10 +75,10 @@ def draw_gaussian(mean: Array, root: Array, log_det: Array, white: Array) -> tup
 
 
 class LinearGuide(AbstractGuide):
-    r"""The exact posterior of the linearised model: an affine control of every step, with its full covariance.
+    r"""The exact posterior of the linearized model: an affine control of every step, with its full covariance.
 
-    The numerical step itself is linearised, so for affine drift, constant diffusion and normal observations every draw
-    weighs exactly the evidence of the discretised model, at any step size. For other drifts it is linearised along
+    The numerical step itself is linearized, so for affine drift, constant diffusion and normal observations every draw
+    weighs exactly the evidence of the discretized model, at any step size. For other drifts it is linearized along
     the noise-free path, then `num_iterations - 1` times along the current posterior mean. Its numbers are constants:
     no gradient flows through them, which at the optimum loses nothing.
 
@@ -89,11 +88,11 @@ class LinearGuide(AbstractGuide):
         max_step: longest step of the grid it is prepared on. In use on another grid it is prepared anew; inside jit,
             where a guide that is an argument cannot be compared, another grid of as many steps gives NaN.
         steps_per_interval: equal steps per interval instead.
-        num_iterations: linearisations.
+        num_iterations: linearizations.
 
     Raises:
         ValueError: if the likelihood is not normal, or times and steps are as `simulate` refuses them.
-        NonFiniteError: if the path it linearises along blows up (outside jit), naming step and state.
+        NonFiniteError: if the path it linearizes along blows up (outside jit), naming step and state.
 
     Example:
         >>> import jax, jax.numpy as jnp, genkit.noise as gn, genkit.sde as gs
@@ -179,12 +178,12 @@ def _explain(sde: FractionalSDE, grid: Grid, noises: Noises) -> None:
     bad = ~np.isfinite(z).all(axis=1)
     if not bad.any():
         raise NonFiniteError(
-            "`log_evidence` must be finite; the path that LinearGuide linearises along is, so a derivative of the "
+            "`log_evidence` must be finite; the path that LinearGuide linearizes along is, so a derivative of the "
             "drift or the diffusion, or the likelihood, is not."
         )
     k = max(int(np.argmax(bad)) - 1, 0)
     raise NonFiniteError(
-        f"`drift` must keep the noise-free path, along which LinearGuide linearises, finite; it blew up in step {k} "
+        f"`drift` must keep the noise-free path, along which LinearGuide linearizes, finite; it blew up in step {k} "
         f"(t = {float(grid.t[k]):.6g}, length {float(grid.h[k]):.3g}), state before it {z[k, : sde.dim]}. Try a "
         "smaller `max_step`, step='exponential' for a stiff drift, or NeuralGuide(linear=False)."
     )
@@ -194,7 +193,7 @@ def _explain(sde: FractionalSDE, grid: Grid, noises: Noises) -> None:
 def _plan(
     sde: FractionalSDE, observed: Observed, grid: Grid, noises: Noises, seen: tuple[int, ...], num_iterations: int
 ) -> tuple[Array, Plan]:
-    """Linearise along a reference path and run the backward pass; iterate along the posterior mean."""
+    """Linearize along a reference path and run the backward pass; iterate along the posterior mean."""
     driver = make_driver(sde, grid, noises)
     steps = make_steps(sde, driver, grid)
     slots = np.asarray(seen)
@@ -203,7 +202,7 @@ def _plan(
 
     def refine(law: Backward | None) -> tuple[Backward, Array]:
         z, eps = _reference(sde, driver, steps, offset, noise, num_normals, law)
-        maps = linearise(sde, driver, steps, z[:-1], eps)
+        maps = linearize(sde, driver, steps, z[:-1], eps)
         x = z[slots][:, : sde.dim]
         rows, constant = observation_rows(sde, observed, x, offset.shape[0])
         return backward(maps, *place_rows(rows, slots, grid.num_steps), offset, noise), constant

@@ -9,14 +9,13 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Float
 
 from genkit._core._checks import check, is_concrete
-
-from ._affine import check_affine, check_affine_law, reach
-from ._compress import compress
-from ._filter import Maps, backward, linearise, observation_rows, place_rows, require_gaussian, start_map
-from ._grid import Grid, Noises, make_grid, make_table
-from ._model import FractionalSDE
-from ._observed import Observed
-from ._step import affine_parts, make_driver, make_steps
+from genkit.sde._affine import check_affine, check_affine_law, reach
+from genkit.sde._compress import compress
+from genkit.sde._filter import Maps, backward, linearize, observation_rows, place_rows, require_gaussian, start_map
+from genkit.sde._grid import Grid, Noises, make_grid, make_table
+from genkit.sde._model import FractionalSDE
+from genkit.sde._observed import Observed
+from genkit.sde._step import affine_parts, make_driver, make_steps
 
 
 def kalman(sde: FractionalSDE, observed: Observed, *, steps_per_interval: int | None = None) -> Float[Array, ""]:
@@ -76,7 +75,7 @@ def _evidence(sde: FractionalSDE, observed: Observed, grid: Grid, noises: Noises
     driver = make_driver(sde, grid, noises)
     num, size = grid.num_steps, sde.dim * (1 + driver.gain.shape[1])
     z, eps = jnp.zeros((num, size), sde.dtype), jnp.zeros((num, sde.dim * driver.num_normals), sde.dtype)
-    maps = linearise(sde, driver, make_steps(sde, driver, grid), z, eps)
+    maps = linearize(sde, driver, make_steps(sde, driver, grid), z, eps)
     maps = _doubled(maps, doublings) if doublings else maps
     offset, noise = start_map(sde, driver)
     zeros = jnp.zeros((observed.y.shape[0], sde.dim), sde.dtype)

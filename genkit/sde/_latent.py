@@ -9,13 +9,12 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
-from genkit._core import Objective
 from genkit._core._checks import check, check_count
-
-from ._elbo import elbo
-from ._model import FractionalSDE
-from ._neural import NeuralGuide
-from ._observed import Observed
+from genkit.sde._elbo import elbo
+from genkit.sde._model import FractionalSDE
+from genkit.sde._neural import NeuralGuide
+from genkit.sde._observed import Observed
+from genkit.training import Objective
 
 
 class LatentSDE(eqx.Module):

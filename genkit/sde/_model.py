@@ -13,8 +13,7 @@ from jaxtyping import Array, Float
 
 from genkit._core._checks import check, check_choice, check_finite, check_interval, check_positive, is_concrete
 from genkit._core._fields import FROZEN
-from genkit.noise import Lift
-from genkit.noise._tables import HURST_RANGE
+from genkit.noise import HURST_RANGE, Lift
 
 
 STEPS = ("path_mean", "exponential", "exact")

@@ -12,13 +12,12 @@ from jaxtyping import Array, Float, Key
 
 from genkit._core._checks import check_count, check_key
 from genkit._core._fields import FROZEN
-
-from ._filter import Gaussian, flat_state
-from ._grid import Grid, Noises
-from ._guide import AbstractGuide, LinearGuide, Plan
-from ._model import FractionalSDE
-from ._observed import Observed, gaussian_parts
-from ._step import Driver, Step
+from genkit.sde._filter import Gaussian, flat_state
+from genkit.sde._grid import Grid, Noises
+from genkit.sde._guide import AbstractGuide, LinearGuide, Plan
+from genkit.sde._model import FractionalSDE
+from genkit.sde._observed import Observed, gaussian_parts
+from genkit.sde._step import Driver, Step
 
 
 class Encoder(eqx.Module):
@@ -57,7 +56,7 @@ class _NeuralStep(NamedTuple):
 
 
 class NeuralGuide(AbstractGuide):
-    r"""A neural control of every step, on top of the exact control of the linearised model.
+    r"""A neural control of every step, on top of the exact control of the linearized model.
 
     Per coordinate, networks fed $(x, v, t, \text{context})$ return a control $u$ of the Brownian motion and a widening
     $\tau$: in the whitened normals of the step, whose direction of the Brownian increment is $g$,
@@ -75,7 +74,7 @@ class NeuralGuide(AbstractGuide):
         embed: features of one observation for the context; `None` takes the raw numbers. Trained if it is a module.
         max_step: longest step of the grid the linear part is prepared on.
         steps_per_interval: equal steps per interval instead.
-        num_iterations: linearisations of the linear part.
+        num_iterations: linearizations of the linear part.
         key: typed PRNG key.
 
     Raises:

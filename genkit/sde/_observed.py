@@ -127,7 +127,7 @@ def check_times(name: str, ts: Any) -> None:
 
 
 def gaussian_parts(likelihood: Callable, x: Array) -> tuple[Array, Array, Array] | None:
-    """Linearise a Gaussian likelihood at `x`: `(root, matrix, offset)` such that the law of the whitened observation
+    """Linearize a Gaussian likelihood at `x`: `(root, matrix, offset)` such that the law of the whitened observation
     `root @ y` is N(root @ (matrix @ x + offset), I); `None` when the law is not Gaussian.
     """
     law = likelihood(x)

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact, Key
 
-from genkit._core import AbstractSampler, Draws
 from genkit._core._checks import check, check_count
-
-from ._model import FractionalSDE
-from ._simulate import simulate
+from genkit.sampling import AbstractSampler, Draws
+from genkit.sde._model import FractionalSDE
+from genkit.sde._simulate import simulate
 
 
 class PathSampler(AbstractSampler):

@@ -13,15 +13,14 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
 from genkit._core._checks import NonFiniteError, check, check_finite, check_key, is_concrete
-
-from ._affine import check_affine
-from ._grid import Grid, Noises, check_inside, make_grid, make_table
-from ._guide import AbstractGuide, LinearGuide, Plan
-from ._model import FractionalSDE
-from ._neural import NeuralGuide
-from ._observed import Observed
-from ._start import initial_state
-from ._step import Driver, Step, advance, make_driver, make_steps, shape_noise
+from genkit.sde._affine import check_affine
+from genkit.sde._grid import Grid, Noises, check_inside, make_grid, make_table
+from genkit.sde._guide import AbstractGuide, LinearGuide, Plan
+from genkit.sde._model import FractionalSDE
+from genkit.sde._neural import NeuralGuide
+from genkit.sde._observed import Observed
+from genkit.sde._start import initial_state
+from genkit.sde._step import Driver, Step, advance, make_driver, make_steps, shape_noise
 
 
 class Paths(eqx.Module):
@@ -71,7 +70,7 @@ def _normals(key: Array, num: int, run: Run) -> Array:
     """Standard normals (num, d, R); each column has a stream of its own, the exact step's extra one the last."""
     d, dtype = run.sde.dim, run.sde.dtype
     names = np.array([*run.driver.columns, *([10_000] if run.driver.exact is not None else [])])
-    # One vectorised generator: a program with one per column takes several times longer to compile.
+    # One vectorized generator: a program with one per column takes several times longer to compile.
     draw = lambda c: jr.normal(jr.fold_in(key, c), (num, d), dtype)
     return jnp.moveaxis(jax.vmap(draw)(names), 0, -1)
 
@@ -91,7 +90,7 @@ def _block_sizes(num_steps: int) -> tuple[int, int, int]:
 
 
 def simulate_run(run: Run, guide: AbstractGuide | None, plan: Plan | None, x0: Array | None, key: Array) -> tuple:
-    """States at the requested times, log-weight, divergence. Pure; vectorise over `key`."""
+    """States at the requested times, log-weight, divergence. Pure; vectorize over `key`."""
     key_start, key_noise = jr.split(key)
     carry = initial_state(run.sde, run.driver, guide, plan, x0, key_start)
     num_steps = run.steps.h.shape[0]

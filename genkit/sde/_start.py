@@ -10,10 +10,9 @@ from jax.scipy.special import ndtr, ndtri
 from jaxtyping import Array, Float
 
 from genkit._core._checks import check
-
-from ._guide import AbstractGuide
-from ._model import FractionalSDE
-from ._step import Driver
+from genkit.sde._guide import AbstractGuide
+from genkit.sde._model import FractionalSDE
+from genkit.sde._step import Driver
 
 
 FAR = 40.0  # deviations: nothing of a normal law is left beyond, in float64 too
@@ -85,11 +84,11 @@ def cut(
 ) -> tuple[Float[Array, " d"], Float[Array, " d"]]:
     """Map draws of N(mean, sd^2) to the same quantiles of that law truncated to [lower, upper]; also the log-slope."""
     t = (x - mean) / sd
-    # Far outside the support the tail left over is too thin for floating point: a nearer centre serves as well.
-    centre = jnp.clip(mean, lower - 6 * sd, upper + 6 * sd)
+    # Far outside the support the tail left over is too thin for floating point: a nearer center serves as well.
+    center = jnp.clip(mean, lower - 6 * sd, upper + 6 * sd)
     below, above = jnp.isfinite(lower), jnp.isfinite(upper)
-    a = jnp.where(below, (jnp.where(below, lower, 0.0) - centre) / sd, -FAR)
-    b = jnp.where(above, (jnp.where(above, upper, 0.0) - centre) / sd, FAR)
+    a = jnp.where(below, (jnp.where(below, lower, 0.0) - center) / sd, -FAR)
+    b = jnp.where(above, (jnp.where(above, upper, 0.0) - center) / sd, FAR)
     a, b = jnp.clip(a, -FAR, FAR), jnp.clip(b, -FAR, FAR)
     mass = jnp.where(a > 0, ndtr(-a) - ndtr(-b), ndtr(b) - ndtr(a))
     left, right = ndtr(a) + ndtr(t) * mass, ndtr(-b) + ndtr(-t) * mass
@@ -99,7 +98,7 @@ def cut(
     log_slope = (z**2 - t**2) / 2 + jnp.log(mass)
     slack = eps.eps * jnp.abs(sd)
     inside = jnp.clip(
-        centre + sd * z,
+        center + sd * z,
         jnp.where(below, lower + eps.eps * jnp.abs(lower) + slack, -jnp.inf),
         jnp.where(above, upper - eps.eps * jnp.abs(upper) - slack, jnp.inf),
     )

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from ._grid import Grid, Noises, StepTable, panels, phi1, pivots
-from ._model import FractionalSDE
+from genkit.sde._grid import Grid, Noises, StepTable, panels, phi1, pivots
+from genkit.sde._model import FractionalSDE
 
 
 class Driver(eqx.Module):

@@ -1,8 +1,8 @@
-"""What an expectation does, what it costs, and whether it is used as it may be."""
+"""Reports on an expectation: its strategies, its variance and cost, and checks of its use."""
 
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -10,18 +10,19 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jax.core import Tracer
+from jaxtyping import Array, Key, PyTree
 
-from .._core._checks import check, check_count, check_key
-from ._expectation import _INJECTION, E
-from ._multishot import RLOO, Enum, Lanes
-from ._mvd import MVD
-from ._policy import Decision, logging_decisions, overriding
-from ._run import _TRACED_CHECKS
-from ._strategies import Reparam, Score
+from genkit._core._checks import check, check_count, check_key
+from genkit.vi._programs._expectation import E
+from genkit.vi._runtime._frame import changed
+from genkit.vi._strategies._alternatives import RLOO, Enum, LocalExpectation
+from genkit.vi._strategies._mvd import MVD
+from genkit.vi._strategies._policy import Decision, logging_decisions
+from genkit.vi._strategies._single import Reparam, Score
 
 
-def explain(fn: Callable, *args: Any, key: Any) -> list[Decision]:
-    """Which strategy every site gets, and why; traces `fn`, runs nothing.
+def explain(fn: Callable, *args: PyTree, key: Key[Array, ""]) -> list[Decision]:
+    """List the strategy of every site with its reason; traces `fn`, runs nothing.
 
     Args:
         fn: as for `E`.
@@ -29,7 +30,7 @@ def explain(fn: Callable, *args: Any, key: Any) -> list[Decision]:
         key: typed PRNG key.
 
     Returns:
-        One record per site: address, law, strategy, reason, and whether its support is finite.
+        One record per site: address, distribution, strategy, reason, and whether its support is finite.
 
     Example:
         >>> import jax, numpyro.distributions as dist
@@ -76,7 +77,7 @@ class VarianceReport(NamedTuple):
         return "\n".join([*lines, self.suggestion])
 
 
-def variance_report(fn: Callable, *args: Any, key: Any, num_samples: int = 256) -> VarianceReport:
+def variance_report(fn: Callable, *args: PyTree, key: Key[Array, ""], num_samples: int = 256) -> VarianceReport:
     """Measure gradient variance and time of `E(fn)`, as it is and with other strategies at each site in turn.
 
     Args:
@@ -108,10 +109,10 @@ def variance_report(fn: Callable, *args: Any, key: Any, num_samples: int = 256) 
     keys = jr.split(key_draws, num_samples)
 
     def measure(table: dict) -> tuple[float, float]:
-        def gradient(m: Any, one: Any) -> Any:
+        def gradient(m: PyTree, one: Key[Array, ""]) -> PyTree:
             return jax.grad(lambda m: E(fn)(*eqx.combine(m, fixed), key=one))(m)
 
-        with overriding(table):
+        with changed(overrides=table):
             run = jax.jit(lambda m, ks: jax.vmap(lambda one: gradient(m, one))(ks)).lower(moving, keys).compile()
         draws = jax.block_until_ready(run(moving, keys))
         times = []
@@ -125,12 +126,12 @@ def variance_report(fn: Callable, *args: Any, key: Any, num_samples: int = 256) 
     base = VarianceRow("", "", *measure({}))
     rows = [base]
     for decision in explain(fn, *args, key=key_explain):
-        for candidate in (Reparam(), Enum(), Lanes(), MVD(), RLOO(2), Score()):
+        for candidate in (Reparam(), Enum(), LocalExpectation(), MVD(), RLOO(2), Score()):
             if type(candidate) is type(decision.strategy):
                 continue
             try:
                 row = VarianceRow(decision.address, type(candidate).__name__, *measure({decision.address: candidate}))
-            except ValueError:  # the strategy cannot serve this law, or enumerates too much
+            except ValueError:  # the strategy cannot serve this distribution, or enumerates too much
                 continue
             rows.append(row)
     best = min(rows, key=lambda row: row.work)
@@ -163,39 +164,36 @@ def debug(fn: Callable) -> Callable:
         2.6
     """
 
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        count = [0]
+    def checked(*args: PyTree, **kwargs: PyTree) -> Array:
+        num_estimates = 0
 
-        def probe(shifts: Any) -> Any:
-            count[0] = 0
+        def shifted(shifts: Array | None) -> Array:
+            nonlocal num_estimates
+            num_estimates = 0
 
-            def shift(value: Any) -> Any:
-                index = count[0]
-                count[0] += 1
+            def shift(value: Array) -> Array:
+                nonlocal num_estimates
+                index = num_estimates
+                num_estimates += 1
                 return value if shifts is None else value + shifts[index]
 
-            token = _INJECTION.set(shift)
-            try:
+            with changed(probe=shift):
                 return fn(*args, **kwargs)
-            finally:
-                _INJECTION.reset(token)
 
-        token = _TRACED_CHECKS.set(True)
-        try:
-            value = probe(None)
-            if count[0]:
-                second = jnp.diagonal(jax.hessian(probe)(jnp.zeros(count[0])))
-                bad = jnp.abs(second) > 1e-6 * (1 + jnp.abs(value))
-                message = (
-                    "An estimate made by `E` must enter the objective linearly; it is used nonlinearly (log, square, "
-                    "exp, ...). Move the nonlinear function inside, or let one `E` surround the whole."
-                )
-                if isinstance(bad, Tracer):
-                    value = eqx.error_if(value, jnp.any(bad), message)
-                elif bool(jnp.any(bad)):
-                    raise ValueError(message)
-            return value
-        finally:
-            _TRACED_CHECKS.reset(token)
+        with changed(check_traced=True):
+            value = shifted(None)
+            if num_estimates == 0:
+                return value
+            second = jnp.diagonal(jax.hessian(shifted)(jnp.zeros(num_estimates)))
+        nonlinear = jnp.abs(second) > 1e-6 * (1 + jnp.abs(value))  # above what rounding leaves
+        message = (
+            "An estimate made by `E` must enter the objective linearly; it is used nonlinearly (log, square, "
+            "exp, ...). Move the nonlinear function inside, or let one `E` surround the whole."
+        )
+        if isinstance(nonlinear, Tracer):
+            return eqx.error_if(value, jnp.any(nonlinear), message)
+        if bool(jnp.any(nonlinear)):
+            raise ValueError(message)
+        return value
 
     return checked

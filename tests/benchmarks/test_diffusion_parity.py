@@ -299,13 +299,15 @@ def test_parity_with_euler_on_straight_paths(monkeypatch):
 
 
 def test_parity_of_the_predictor_corrector(monkeypatch):
-    from genkit.diffusion._langevin import _normal
-
     torch = pytest.importorskip("torch")
     schedulers = pytest.importorskip("diffusers.schedulers")
     # The peer corrects before it predicts: its two steps are called in our order.
     keys = [jr.fold_in(jr.fold_in(jr.key(0), i), 1) for i in range(N)]
-    drawn = lambda i, k: torch.tensor(np.stack([_normal(key, i, k, (DIM,), jnp.float32) for key in keys]))
+
+    def drawn(row, stream):
+        one = lambda key: jr.normal(jr.fold_in(jr.fold_in(key, row), stream), (DIM,), jnp.float32)
+        return torch.tensor(np.stack([one(key) for key in keys]))
+
     queue = iter([drawn(i, k) for i in range(len(OPEN) - 1) for k in range(2)])
     module = __import__("sys").modules[schedulers.ScoreSdeVeScheduler.__module__]
     monkeypatch.setattr(module, "randn_tensor", lambda *args, **kwargs: next(queue))

@@ -44,7 +44,7 @@ def by_genkit():
     teacher, student, fake, net = parts()
     recipe = gk.distill.recipe(
         teacher, Student(student), divergence=gk.divergence.JensenShannon(), ratio=gk.distill.DiscriminatorRatio(net),
-        noise_law=dist.LogUniform(LO, HI), num_steps=STEPS, optimizer=ADAM, fake=fake, fake_optimizer=FOLLOW,
+        noise_distribution=dist.LogUniform(LO, HI), num_steps=STEPS, optimizer=ADAM, fake=fake, fake_optimizer=FOLLOW,
         fake_steps=FAKE, batch_size=BATCH, weight=jnp.square,
     )  # fmt: skip
     recipe = recipe.replace(log_every=CHUNK)
@@ -219,7 +219,7 @@ def test_time_to_two_digits_on_a_mixture():
         start = time.perf_counter()
         made = gk.distill.distill(
             teacher, student, divergence=gk.divergence.JensenShannon(), ratio=gk.distill.ExactRatio(),
-            noise_law=dist.Delta(0.0), num_steps=500, batch_size=512, ema=0.97, key=jr.key(seed),
+            noise_distribution=dist.Delta(0.0), num_steps=500, batch_size=512, ema=0.97, key=jr.key(seed),
         )  # fmt: skip
         seconds = time.perf_counter() - start
         error = max(abs(float(made.ema.mean[0]) + 0.2358), abs(float(jnp.exp(made.ema.log_std[0])) - 1.3487))

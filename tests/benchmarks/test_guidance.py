@@ -45,8 +45,8 @@ class Network(eqx.Module):
         return exact + 1e-3 * self.layers[-1](h)
 
 
-def sampler_run(network, table, guidance, n, plan="dynamic"):
-    sampler = gk.Sampler(table, guidance, plan=plan)
+def sampler_run(network, table, guidance, n, skip="dynamic"):
+    sampler = gk.Sampler(table, guidance, skip=skip)
     cond = jnp.arange(n) % 4
     return lambda: gk.sample(sampler, network, n, cond=cond, shape=(DIM,), key=jr.key(1)).value
 
@@ -95,7 +95,7 @@ def test_adaptive_guidance_saves_time():
     n, network = 320, Network(1024, 4)
     table = gd.ddim(gd.karras(32, 0.002, 80.0))
     guided = gk.sample(table, network, n, cond=jnp.arange(n) % 4, shape=(DIM,), key=jr.key(1), guidance=gg.cfg(3.0))
-    gated = gk.Sampler(table, gg.adaptive(gg.cfg(3.0), 0.99), plan="compact")
+    gated = gk.Sampler(table, gg.adaptive(gg.cfg(3.0), 0.99), skip="compact")
     draws = gk.sample(gated, network, n, cond=jnp.arange(n) % 4, shape=(DIM,), key=jr.key(1))
     saved = 1 - float(draws.nfe.sum()) / float(guided.nfe.sum())
     runs = {"full": sampler_run(network, table, gg.cfg(3.0), n)}
@@ -183,8 +183,8 @@ def test_phases_beside_branches_on_a_light_network():
     n, network = 16, Network(32, 2)
     table = gd.ddim(gd.karras(64, 0.002, 80.0))
     guidance = gg.step_adaptive(gg.cfg(3.0), 16)
-    runs = {plan: sampler_run(network, table, guidance, n, plan) for plan in ("dynamic", "phases", "static")}
+    runs = {skip: sampler_run(network, table, guidance, n, skip) for skip in ("dynamic", "phases", "static")}
     times = medians(runs, 21)
-    for plan, elapsed in times.items():
-        print(f"{plan:8s} {1e6 * elapsed / 80:7.1f} us per pass")
+    for skip, elapsed in times.items():
+        print(f"{skip:8s} {1e6 * elapsed / 80:7.1f} us per pass")
     assert times["phases"] <= 1.25 * times["dynamic"]

@@ -1,12 +1,15 @@
 """Contract cases of covariance families, potentials, bridges, plans, objectives and samplers."""
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
+import optax
 from contract import Case
 from jax import Array
 
 import genkit as gk
+from genkit.bridge._scales import Points
 
 
 b = gk.bridge
@@ -37,7 +40,7 @@ def gaussian():
     return b.gaussian(jnp.zeros(2), jnp.array([1.0, 0.5]), jnp.ones(2), jnp.array([0.3, 1.5]), 0.7)
 
 
-def law(bridge):
+def densities(bridge):
     xs = points()
     return bridge.path_log_prob(jnp.array([0.0, 0.5, 1.0]), xs), bridge.score(0.3, xs), bridge.coupling(xs).mean
 
@@ -49,6 +52,18 @@ def pair():
 
 def report():
     return b.FitReport(jnp.ones(3), jnp.full((2, 2), 0.5), jnp.asarray(2.0), jnp.asarray(0.1), jnp.asarray(0))
+
+
+def fitted():
+    fit = gk.fit(gk.Recipe(lambda key: gaussian(), batches, gk.Phase(no_loss, optax.set_to_zero()), 1), key=jr.key(0))
+    return b.FittedBridge.extend(fit, report=report())
+
+
+def no_loss(model, batch, *, key):
+    return jnp.sum(model.potential.log_value(batch, 0.5)), {}
+
+
+batches = jax.tree_util.Partial(lambda key: jnp.ones((1, 2)))
 
 
 def discrete():
@@ -87,12 +102,13 @@ def draws(sampler):
 CASES = [
     Case("Iso", scales(lambda: b.Iso(jnp.array([0.3, -0.4]))), both, eager=False),
     Case("Diag", scales(lambda: b.Diag(values())), both, eager=False),
-    Case("Eigen", scales(lambda: b.Eigen(values(), 1.0 + jnp.arange(8.0).reshape(2, 2, 2))), both, eager=False),
+    Case("Full", scales(lambda: b.Full(values(), 1.0 + jnp.arange(8.0).reshape(2, 2, 2))), both, eager=False),
     Case("LowRank", scales(lambda: b.LowRank(values(), jnp.ones((2, 2, 1)))), both, eager=False, rtol=1e-4),
-    Case("Zero", scales(lambda: b.Zero(jnp.zeros(2))), both, eager=False),
+    Case("Points", scales(lambda: Points(jnp.zeros(2))), both, eager=False),
     Case("Brownian", lambda: b.Brownian(0.5), lambda r: r.log_kernel(0.1, points(), 0.6, 2.0 * points())),
-    Case("Bridge", gaussian, law, eager=False, rtol=1e-4),
+    Case("Bridge", gaussian, densities, eager=False, rtol=1e-4),
     Case("MixturePair", pair, lambda p: p.log_plan(points(), points()), eager=False, rtol=1e-4),
+    Case("FittedBridge", fitted),
     Case("FitReport", report),
     Case("DiscretePlan", discrete, matrix, eager=False, rtol=1e-4),
     Case("LightObjective", b.LightObjective, objective, eager=False, grad=False, vmap=False),

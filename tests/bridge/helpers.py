@@ -23,7 +23,7 @@ def random_scale(kind, key, k=3, d=3):
     if kind == "diag":
         return gk.bridge.Diag(values)
     if kind == "full":
-        return gk.bridge.Eigen(values, jr.normal(key_rest, (k, d, d)))
+        return gk.bridge.Full(values, jr.normal(key_rest, (k, d, d)))
     return gk.bridge.LowRank(values, 0.7 * jr.normal(key_rest, (k, d, 2)))
 
 

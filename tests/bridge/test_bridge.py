@@ -104,9 +104,11 @@ def test_gaussian_moments_of_sampled_paths():
 
 def test_mixture_pair_normalizer_and_marginals():
     pair = pair_1d()
-    from genkit.bridge._closed_form import _product
+    from genkit.bridge._mixture_pair import product_of_potentials
 
-    log_z = jax.jit(lambda p: jax.nn.logsumexp(_product(p.source, p.target, p.bridge.epsilon, 0.0)[0]))(pair)
+    log_z = jax.jit(lambda p: jax.nn.logsumexp(product_of_potentials(p.source, p.target, p.bridge.epsilon, 0.0)[0]))(
+        pair
+    )
     np.testing.assert_allclose(np.exp(log_z), 0.14156886641978, rtol=1e-13)
     x = jnp.linspace(-6, 7, 400)[:, None]
 

@@ -141,36 +141,58 @@ def test_fitting_compiles_once_and_sweeps_epsilon_and_rate(data, compilations):
 
 def test_start_is_balanced_at_small_epsilon():
     """Newton's weights give every component its mass, where the plain start lets few carry all."""
-    from genkit.bridge._fit_light import component_masses, start_bridge
+    from genkit.bridge._light_options import LightFit
+    from genkit.bridge._report import component_masses
 
     key0, key1, *keys = jr.split(jr.key(0), 4)
     x0, x1 = jr.normal(key0, (2000, 8)), 3.0 * jr.normal(key1, (2000, 8))
     epsilon = jnp.asarray(0.1)
     masses = {}
     for init, key in zip(("balanced", "published"), keys, strict=True):
-        potential = start_bridge(x0, x1, epsilon, 12, scale="diag", init=init, rank=1, key=key)
+        potential = LightFit(12, init=init).start(x0, x1, epsilon, key)
         masses[init] = jax.jit(component_masses)(potential, x0, x1)[0]
     effective = {init: float(1 / jnp.sum(m**2)) for init, m in masses.items()}
     assert effective["balanced"] > max(11.0, effective["published"])  # of 12
 
 
-def test_guard_revives_a_dead_component(data, fitted):
-    from genkit.bridge._fit_light import _revive, component_masses
-    from genkit.bridge._objectives import light_optimizer
+def test_a_dead_component_is_revived_and_its_momentum_forgotten(data, fitted):
+    from genkit.bridge._light_options import LightFit, LightTraining
+    from genkit.bridge._report import component_masses
 
     (x0, x1), _ = data
     bridge, _ = fitted("diag")
-    dead = eqx.tree_at(lambda p: p.log_weights, bridge.potential, replace_fn=lambda w: w.at[2].set(-60.0))
+    dead = eqx.tree_at(lambda b: b.potential.log_weights, bridge, replace_fn=lambda w: w.at[2].set(-60.0))
     masses = jax.jit(component_masses)
-    assert float(masses(dead, x0, x1)[:, 2].max()) < 1e-6
+    assert float(masses(dead.potential, x0, x1)[:, 2].max()) < 1e-6
+    training = LightTraining(x0, x1, jnp.asarray(1.0), LightFit(5, num_steps=300))
+    alive = training.revival(dead, jr.key(0))
+    assert training.revival.count == 1 and float(masses(alive.potential, x0, x1)[:, 2].min()) > 0.02
+    assert training.revival(bridge, jr.key(1)) is bridge and training.revival.count == 1
+    optimizer = training.recipe(name="", with_source=False).phases[0]
     params = eqx.filter(dead, eqx.is_inexact_array)
-    state = light_optimizer(1e-3, 1.0, 1.0).init(params)
-    revive = jax.jit(_revive)
-    alive, _, revived = revive(dead, state, x0, x1, jr.key(0))
-    assert bool(revived) and float(masses(alive, x0, x1)[:, 2].min()) > 0.02
-    same, _, revived = revive(bridge.potential, state, x0, x1, jr.key(0))
-    assert not bool(revived)
-    np.testing.assert_array_equal(same.shifts, bridge.potential.shifts)
+    state = optimizer.optimizer.init(
+        eqx.tree_at(lambda b: (b.potential.epsilon, b.potential.center), params, (None, None))
+    )
+    moving = state._replace(adam=jax.tree.map(lambda leaf: leaf + 1, state.adam))
+    after = optimizer.adapt(moving, dead, alive)
+    momentum = after.adam[0].mu.shifts
+    assert float(jnp.abs(momentum[2]).max()) == 0.0 and float(momentum[0].min()) == 1.0
+
+
+def test_interrupted_and_resumed_bitwise(data, tmp_path):
+    (x0, x1), _ = data
+    make = lambda: gk.bridge.recipe(x0, x1, 1.0, 3, num_steps=80, batch_size=64, polish=3)
+    whole = gk.fit(make(), key=jr.key(4))
+
+    def stop(step, metrics):
+        if step == 60:
+            raise StopIteration
+
+    part = gk.fit(make(), key=jr.key(4), run=tmp_path / "run", on_step=stop)
+    assert len(part.log["loss"]) < 80
+    resumed = gk.fit(make(), key=jr.key(4), run=tmp_path / "run", resume=True)
+    for one, other in zip(jax.tree.leaves(whole.model), jax.tree.leaves(resumed.model), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.long

@@ -10,6 +10,7 @@ import pytest
 from bridge.helpers import FAMILIES, dense_log_v, random_potential
 
 import genkit as gk
+from genkit.bridge._scales import Points, full_from_dense
 
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -112,7 +113,7 @@ def test_constant_drift_and_point_end_members():
     constant = drift(shift.potential, xs, ts)
     np.testing.assert_allclose(constant, np.broadcast_to([0.3, -2.0], (7, 2)), atol=1e-14)
     points = jr.normal(jr.key(1), (4, 2))
-    zero = gk.bridge.MixturePotential(jnp.zeros(4), points, gk.bridge.Zero(jnp.zeros(4)), 0.4, jnp.zeros(2))
+    zero = gk.bridge.MixturePotential(jnp.zeros(4), points, Points(jnp.zeros(4)), 0.4, jnp.zeros(2))
     tiny = gk.bridge.light(jnp.zeros(4), points, jnp.full((4, 2), 1e-13), 0.4)
     np.testing.assert_allclose(drift(zero, xs[:6], ts[:6]), drift(tiny.potential, xs[:6], ts[:6]), rtol=1e-8)
     end = jax.jit(lambda p: gk.bridge.Bridge(p).sample(xs[0], jnp.array([1.0]), key=jr.key(5))[0])(zero)
@@ -132,10 +133,10 @@ def test_shifted_and_axes():
 def test_householder_basis_is_orthogonal_and_reaches_any_matrix():
     a = jr.normal(jr.key(0), (4, 6, 6))
     matrices = a @ a.mT + 0.1 * jnp.eye(6)
-    family = gk.bridge.eigen_from_dense(matrices)
+    family = full_from_dense(matrices)
     np.testing.assert_allclose(family.dense(6), matrices, rtol=0, atol=1e-12)
     np.testing.assert_allclose(family.basis @ family.basis.mT, jnp.broadcast_to(jnp.eye(6), (4, 6, 6)), atol=1e-13)
-    np.testing.assert_allclose(gk.bridge.eigen_from_dense(jnp.eye(3)[None]).dense(3), jnp.eye(3)[None], atol=1e-15)
+    np.testing.assert_allclose(full_from_dense(jnp.eye(3)[None]).dense(3), jnp.eye(3)[None], atol=1e-15)
 
 
 def states_along_paths(potential, start, ts, rng, n=100):

@@ -3,8 +3,11 @@
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -51,21 +54,15 @@ problem = gk.Problem(lambda flips: None, ([1, 0, 1],))
 '''
 
 METHOD = '''"""The conjugate answer, as a method."""
-import jax.random as jr
-
-
-class Posterior:
-    def __init__(self, samples):
-        self.samples = samples
-
-    def summary(self):
-        return f"p {self.samples['p'].mean():.3f}"
+import jax, jax.numpy as jnp, numpy as np
+import genkit as gk
 
 
 class Conjugate:
     def run(self, problem, *, key):
         (flips,) = problem.args
-        return Posterior({"p": jr.beta(key, 1.0 + sum(flips), 1.0 + len(flips) - sum(flips), (1000,))})
+        p = np.asarray(jax.random.beta(key, 1.0 + sum(flips), 1.0 + len(flips) - sum(flips), (1000,)))
+        return gk.Posterior({"p": p}, np.zeros(1000), ("draw",), log_q=np.zeros(1000))
 
 
 sampler = Conjugate()
@@ -146,7 +143,7 @@ def test_infer(folder, capsys):
     assert main(["infer", "problem.py", "--sampler", "method.py", "--out", "out"]) == 0
     printed = capsys.readouterr().out
     samples = gk.io.load_draws("out/samples.npz")["p"]
-    assert printed.strip() == f"p {samples.mean():.3f}" == Path("out/summary.txt").read_text().strip()
+    assert printed == Path("out/summary.txt").read_text() and f"{samples.mean():.3f}" in printed
     assert main(["infer", "problem.py", "--sampler", "method.py", "--seed", "1"]) == 0
     assert capsys.readouterr().out != printed
 
@@ -207,14 +204,20 @@ WRONG = [
     ("train broken.py --out new", "broken.py, line 2: "),
     ("train empty.py --out new", "empty.py must bind `recipe` (a gk.Recipe); found: nothing."),
     ("train wrong.py --out new", "wrong.py must bind `recipe` to a gk.Recipe; found: an int."),
-    ("train model.py --out run", "`run` must be a new folder; got `run`, which holds a run."),
-    ("train model.py --out run --resume --seed 9", "`key` must be the one `run` was started with (seed 0); got seed 9"),
-    ("train model.py --out model.py", "`run` must be a folder; got `model.py`, which is a file"),
-    ("train model.py --out other", "`run` must be a new or empty folder, or a run; got `other`"),
+    (
+        "train model.py --out run",
+        "--out must be a new folder; got `run`, which holds a run. Pass --resume to continue it.",
+    ),
+    (
+        "train model.py --out run --resume --seed 9",
+        "--seed must be the one `run` was started with (seed 0); got seed 9",
+    ),
+    ("train model.py --out model.py", "--out must be a folder; got `model.py`, which is a file"),
+    ("train model.py --out other", "--out must be a new or empty folder, or a run; got `other`"),
     ("train model.py --out bad --resume", "`bad/state.gk` cannot be read: its arrays do not match their checksum"),
     ("train model.py", "the following arguments are required: --out"),
-    ("train model.py --out new --stepz 3", "unrecognized arguments: --stepz 3"),
-    ("train model.py --out new --step 3", "unrecognized arguments: --step 3"),
+    ("train model.py --out new --stepz 3", "unrecognized arguments: --stepz 3; did you mean --steps?"),
+    ("train model.py --out new --step 3", "unrecognized arguments: --step 3; did you mean --steps?"),
     ("train model.py --out new --steps 0", "argument --steps: must be an integer >= 1; got '0'"),
     ("train model.py --out new --steps few", "argument --steps: must be an integer >= 1; got 'few'"),
     ("train model.py --out new --seed -1", "argument --seed: "),
@@ -256,10 +259,26 @@ WRONG = [
     ("info broken.py", "broken.py, line 2: "),
     ("info broken.npz", "it is not a sound .npz archive"),
     ("zoo copy digit", "Did you mean 'digits'?"),
-    ("zoo copy ../../etc/passwd", "`name` must be one of "),
+    ("zoo copy ../../etc/passwd", "the zoo has no '../../etc/passwd'. `genkit zoo list` shows what there is."),
     ("zoo copy digits --out gone", "no folder at `gone`"),
     ("paint x", "invalid choice: 'paint'"),
-    ("", "the following arguments are required: COMMAND"),
+    ("trian x", "invalid choice: 'trian'; did you mean train?"),
+    ("--verison", "unrecognized arguments: --verison; did you mean --version?"),
+    ("train exits.py --out new", "exits.py, line 2: it calls sys.exit('enough')"),
+    ("train binary.py --out new", "binary.py is not a Python text file"),
+    ("info binary.py", "binary.py is not a Python text file"),
+    ("sample run --sampler heun -n 4", "did you mean 'heun_cfg' of the zoo? `genkit zoo copy heun_cfg`"),
+    ("sample run --sampler samplers/heun_cfg.py -n 4", "; `genkit zoo copy heun_cfg` puts the one of the zoo here"),
+    (
+        "sample run --sampler sampler.py -n 4 --out notes.txt",
+        "--out must be a folder; got `notes.txt`, which is a file",
+    ),
+    ("sample edited --sampler sampler.py -n 4", "was edited since the training began"),
+    ("sample mixed --sampler sampler.py -n 4", "`mixed/state.gk` cannot be read: it belongs to another run"),
+    ("info mixed", "`mixed/state.gk` cannot be read: it belongs to another run"),
+    ("sample labels --sampler sampler.py -n 4 --cond 1.5", "--cond must be labels of labels, integers from 0 to 2"),
+    ("sample labels --sampler sampler.py -n 4 --cond 3", "--cond must be labels of labels"),
+    ("infer problem.py --sampler method.py --out notes.txt", "--out must be a folder; got `notes.txt`"),
 ]
 
 
@@ -281,12 +300,22 @@ def wrong(tmp_path_factory):
         "notes.txt": "mine",
         "broken.npz": "mine",
         "other/notes.txt": "mine",
+        "exits.py": "import sys\nsys.exit('enough')\n",
+        "labels.py": MODEL.replace(
+            "    shape: tuple", "    num_labels: int = eqx.field(static=True, default=3)\n    shape: tuple"
+        ),
     }
     for name, text in texts.items():
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(text)
     try:
         assert main(["train", "model.py", "--out", "run", "--steps", "3"]) == 0
+        assert main(["train", "model.py", "--out", "mixed", "--steps", "3", "--seed", "5"]) == 0
+        assert main(["train", "labels.py", "--out", "labels", "--steps", "3"]) == 0
+        Path("mixed/state.gk").write_bytes(Path("run/state.gk").read_bytes())
+        shutil.copytree("run", "edited")
+        Path("edited/definition.py").write_text(MODEL.replace("3.0 +", "4.0 +"))
+        Path("binary.py").write_bytes(bytes(range(256)))
         Path("bad").mkdir()
         for path in Path("run").iterdir():
             Path("bad", path.name).write_bytes(path.read_bytes())
@@ -324,6 +353,12 @@ def test_errors_nobody_expected_are_not_swallowed(folder, capsys):
     assert not Path("new").exists()
 
 
+def test_only_a_folder_that_holds_something_is_named(folder, capsys):
+    Path("nan.py").write_text(MODEL.replace("jnp.mean(", "jnp.nan * jnp.mean("))
+    assert main(["train", "nan.py", "--out", "new"]) == 2
+    assert "`new`" not in capsys.readouterr().err and not Path("new").exists()
+
+
 def test_an_interrupt_is_130(folder, capsys):
     Path("slow.py").write_text("raise KeyboardInterrupt")
     assert main(["train", "slow.py", "--out", "new"]) == 130
@@ -336,7 +371,7 @@ def test_a_full_disk_is_one_line(run, capsys, monkeypatch):
     def full(descriptor):
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr("genkit._core._files.os.fsync", full)
+    monkeypatch.setattr("genkit.storage._files.os.fsync", full)
     assert main(["train", "model.py", "--out", "run", "--resume", "--steps", "70"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "No space left on device; the file that was there is intact" in error
@@ -347,11 +382,11 @@ def test_a_full_disk_is_one_line(run, capsys, monkeypatch):
 
 def test_the_command_is_installed():
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "genkit.cli"]
+    command = [sys.executable, "-m", "genkit"]
     done = subprocess.run([*command, "--version"], env=environment, capture_output=True, text=True)
     assert done.stdout == f"genkit {gk.__version__}\n" and done.returncode == 0
     done = subprocess.run([*command, "train", "gone.py", "--out", "x"], env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == "genkit train: no definition file at `gone.py`\n"
+    assert done.returncode == 2 and done.stderr.startswith("genkit train: no definition file at `gone.py`")
 
 
 @pytest.mark.parametrize("command", ["demo", "train", "sample", "infer", "info", "zoo"])
@@ -359,3 +394,80 @@ def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0 and f"genkit {command}" in capsys.readouterr().out
+
+
+def test_an_edited_definition_is_run_only_when_trusted(run, capsys):
+    with (run / "definition.py").open("a") as file:
+        file.write("# mine\n")
+    command = ["sample", "run", "--sampler", "sampler.py", "-n", "4"]
+    assert main(command) == 2
+    assert "Pass --trust-edited to run it all the same." in capsys.readouterr().err
+    assert main([*command, "--trust-edited"]) == 0
+
+
+def test_genkit_alone_shows_the_help(capsys):
+    assert main([]) == 0
+    assert "COMMAND" in capsys.readouterr().out
+
+
+LIGHT = """
+import sys, time
+from genkit.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit:
+    pass
+print("jax" in sys.modules, time.process_time() < 0.5, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("line", ["--help", "--version", "zoo list", "info run", "info run/state.gk", "info draws.npz"])
+def test_commands_that_only_look_need_no_jax(wrong, line, monkeypatch):
+    monkeypatch.chdir(wrong)
+    gk.save("draws.npz", {"x": np.ones(3)})
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", LIGHT, *line.split()]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    Path("draws.npz").unlink()
+    assert done.stderr == "False True\n" and done.stdout
+
+
+def test_a_reader_that_stops_is_no_error():
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    genkit = f"{sys.executable} -m genkit zoo list"
+    done = subprocess.run(["bash", "-c", f"{genkit} | head -n 1"], env=environment, capture_output=True, text=True)
+    assert done.stderr == "" and done.stdout.startswith("models/")
+
+
+def stopped(folder, number, *, after):
+    """Status and standard error of a training of `long.py` that gets a signal once `after` is there."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "genkit", "train", "long.py", "--out", "long"]
+    process = subprocess.Popen(command, env=environment, cwd=folder, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (folder / after).exists():
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    return process.returncode, error
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_what_was_done(folder, number, status):
+    text = MODEL.replace(", 60, ema=0.9", ", 100_000_000, ema=0.9")
+    (folder / "long.py").write_text(text)
+    returned, error = stopped(folder, number, after="long/log.jsonl")
+    assert returned == status and "genkit train: interrupted after" in error and "Traceback" not in error
+    meta, stored = gk.storage.RunFiles(folder / "long").inspect()
+    assert stored.meta["steps"] > 0 and meta["num_steps"] == 100_000_000
+
+
+def test_a_signal_before_the_first_step_ends_at_once(folder):
+    """The loss takes ages to trace, in compiled code that does not look at signals; nothing can be lost."""
+    text = MODEL.replace(
+        "return jnp.mean(",
+        "import hashlib; open('here', 'w'); hashlib.pbkdf2_hmac('md5', b'', b'', 10**9); return jnp.mean(",
+    )
+    (folder / "long.py").write_text(text)
+    start = time.monotonic()
+    returned, error = stopped(folder, signal.SIGINT, after="here")
+    assert returned == 130 and error.endswith("genkit train: interrupted\n") and time.monotonic() - start < 30

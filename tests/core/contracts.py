@@ -11,7 +11,7 @@ import optax
 from contract import Case
 
 import genkit as gk
-from genkit._core import as_measure
+from genkit.inference import as_measure
 
 
 def loss(model, batch, *, key):
@@ -54,6 +54,12 @@ def grid():
 CASES = [
     Case("Posterior", lambda: gk.Posterior({"x": jnp.zeros(3)}, jnp.zeros(3), ("draw",), log_q=jnp.ones(3))),
     Case("DistributionMeasure", lambda: as_measure(dist.Normal(jnp.zeros(2), 1.0)), lambda m: m.sample(key=jr.key(0))),
+    Case(
+        "Context",
+        lambda: gk.sampling.Context.alone(jnp.zeros(2), jnp.asarray(1.0), key=jr.key(0)),
+        lambda c: c.at(sigma=2 * c.sigma).sigma,
+        zero_grad=True,
+    ),
     Case("Phase", lambda: gk.Phase(loss, optimizer)),
     Case("Recipe", recipe),
     Case("Problem", lambda: gk.Problem(eight_schools, (jnp.zeros(3),))),

@@ -16,6 +16,7 @@ from genkit._core._checks import (
     check_positive,
     check_shape,
     describe,
+    describe_type,
     is_concrete,
 )
 
@@ -168,3 +169,27 @@ def test_the_exception_is_a_value_error_and_exported():
 
     assert gk.NonFiniteError is NonFiniteError
     assert issubclass(NonFiniteError, ValueError)
+
+
+class Unprintable:
+    def __repr__(self):
+        raise AssertionError("a check that passes formats nothing")
+
+    __str__ = __repr__
+
+
+def test_checks_that_pass_format_nothing():
+    def compose():
+        raise AssertionError("a check that passes composes no text")
+
+    check(True, compose, compose, Unprintable(), compose)
+
+
+def test_texts_may_be_functions():
+    with pytest.raises(ValueError, match=r"^`n` must be even; got 3\. Try 4\.$"):
+        check(False, lambda: "n", lambda: "even", 3, lambda: "Try 4.")
+
+
+@pytest.mark.parametrize(("value", "text"), [(jnp.ones(3), "float32[3]"), ("name", "'name'"), ({}, "dict"), (3, "int")])
+def test_values_of_a_wrong_kind_are_described_by_type(value, text):
+    assert describe_type(value) == text

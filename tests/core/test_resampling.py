@@ -9,8 +9,13 @@ import numpy as np
 import pytest
 from stats import z_score
 
-from genkit._core import conditional_resample, effective_sample_size, systematic_resample
-from genkit._core._resampling import _ancestors, _cumulative
+from genkit._core._resampling import (
+    _ancestors,
+    _cumulative,
+    conditional_resample,
+    effective_sample_size,
+    systematic_resample,
+)
 
 
 WEIGHTS = np.array([0.05, 0.4, 0.0, 0.3, 0.25])

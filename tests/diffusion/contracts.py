@@ -142,7 +142,7 @@ CASES += [
     Case("ExactError", table_error),
     Case("LogProb", log_prob),
     Case("FlowMeasure", lambda: d.FlowMeasure(white(), 0.1, 5.0)),
-    Case("ProbabilityFlow", lambda: d.probability_flow(0.1, 5.0)),
+    Case("probability_flow", lambda: d.probability_flow(0.1, 5.0)),
     Case("Teleported", lambda: d.Teleported(short(), white(), 20.0)),
     Case("Replacement", lambda: d.Replacement(np.array([1.0, 0.0]), np.ones(2))),
     Case("DDRM", lambda: d.DDRM(d.karras(2, 0.1, 5.0), np.eye(2)[:1], np.ones(1), 0.3), sampled, eager=False, **FIXED),

@@ -137,18 +137,29 @@ def test_one_component_is_the_gaussian(x64):
         np.testing.assert_allclose(one(x, sigma), gaussian(x, sigma), rtol=1e-10)
 
 
-@pytest.mark.parametrize("sigma", [0.0, 1e-12, 1e-3, 1.0, 1e4, 1e10])
-def test_mixture_is_finite_in_float32_at_every_level(sigma):
+def with_slopes(denoiser):
+    """Value and derivatives by example and level, compiled once; the label is data (-1 for all)."""
+
+    @jax.jit
+    def run(x, sigma, cond):
+        by_x, by_sigma = jax.jacobian(lambda x, s: denoiser(x, s, cond), argnums=(0, 1))(x, sigma)
+        return denoiser(x, sigma, cond), by_x, by_sigma
+
+    return run
+
+
+def test_mixture_is_finite_in_float32_at_every_level():
     means = jnp.array([[-3.0, 0.0], [3.0, 0.0]])
     denoiser = d.MixtureDenoiser(jnp.ones(2), means, jnp.array([0.1, 0.2]), jnp.array([0, 1]))
-    x = jnp.array([1.0, 40.0]) * (1 + sigma)
-    for cond in (None, 0, -1):
-        value = denoiser(x, jnp.array(sigma), cond)
-        jacobian = jax.jacobian(lambda x, cond=cond: denoiser(x, jnp.array(sigma), cond))(x)
-        rate = jax.jacobian(lambda s, cond=cond: denoiser(x, s, cond))(jnp.array(sigma))
-        assert np.all(np.isfinite(value)) and np.all(np.isfinite(jacobian)) and np.all(np.isfinite(rate))
-    if sigma == 0:
-        np.testing.assert_allclose(value, x, rtol=1e-6)
+    run = with_slopes(denoiser)
+    for sigma in (0.0, 1e-12, 1e-3, 1.0, 1e4, 1e10):
+        x = np.float32([1.0, 40.0]) * np.float32(1 + sigma)
+        for cond in (0, -1):
+            found = run(x, np.float32(sigma), cond)
+            assert all(np.all(np.isfinite(part)) for part in found), (sigma, cond)
+        if sigma == 0:
+            np.testing.assert_allclose(found[0], x, rtol=1e-6)
+        np.testing.assert_allclose(denoiser(jnp.asarray(x), sigma, None), found[0], rtol=1e-6)
 
 
 def test_draws_follow_the_law():
@@ -185,20 +196,20 @@ def test_empirical_is_a_mixture_without_width(sigma, cond, x64):
     np.testing.assert_allclose(got, want, rtol=1e-9)
 
 
-@pytest.mark.parametrize("sigma", [0.0, 1e-30, 1e-10, 1e-3, 0.3, 1e6, 1e15])
-def test_empirical_is_finite_at_every_level(sigma):
-    data = jnp.asarray(np.random.RandomState(0).randn(20, 3), jnp.float32)
-    denoiser = d.EmpiricalDenoiser(data, jnp.arange(20) % 2)
-    x = jnp.array([0.3, -0.2, 1.0])
-    for cond in (None, 1):
-        value, slope = denoiser(x, jnp.array(sigma), cond), jax.jacobian(denoiser)(x, jnp.array(sigma), cond)
-        rate = jax.jacobian(lambda s, cond=cond: denoiser(x, s, cond))(jnp.array(sigma))
-        assert np.all(np.isfinite(value)) and np.all(np.isfinite(slope)) and np.all(np.isfinite(rate))
-    members = np.asarray(data)[1::2]
-    if sigma <= 1e-3:
-        np.testing.assert_allclose(value, members[np.argmin(((members - np.asarray(x)) ** 2).sum(1))], rtol=1e-6)
-    if sigma >= 1e6:
-        np.testing.assert_allclose(value, members.mean(0), rtol=1e-4, atol=1e-5)
+def test_empirical_is_finite_at_every_level():
+    data = np.random.RandomState(0).randn(20, 3).astype(np.float32)
+    denoiser = d.EmpiricalDenoiser(data, np.arange(20) % 2)
+    run = with_slopes(denoiser)
+    x = np.float32([0.3, -0.2, 1.0])
+    members = data[1::2]
+    for sigma in (0.0, 1e-30, 1e-10, 1e-3, 0.3, 1e6, 1e15):
+        for cond in (-1, 1):
+            found = run(x, np.float32(sigma), cond)
+            assert all(np.all(np.isfinite(part)) for part in found), (sigma, cond)
+        if sigma <= 1e-3:
+            np.testing.assert_allclose(found[0], members[np.argmin(((members - x) ** 2).sum(1))], rtol=1e-6)
+        if sigma >= 1e6:
+            np.testing.assert_allclose(found[0], members.mean(0), rtol=1e-4, atol=1e-5)
 
 
 def test_empirical_ties_and_draws():

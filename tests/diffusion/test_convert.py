@@ -56,31 +56,37 @@ AT_ALPHA_0 = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("source", "target", "alpha", "sigma"),
-    [*((s, t, 0.9, 0.0) for s, t in AT_SIGMA_0), *((s, t, 0.0, 1.1) for s, t in AT_ALPHA_0)],
-)
-def test_exact_with_finite_gradients_at_the_ends(source, target, alpha, sigma, x64):
+def test_exact_with_finite_gradients_at_the_ends(x64):
     x0, eps = np.array([0.3, -1.2]), np.array([1.1, 0.4])
-    x = alpha * x0 + sigma * eps
-    c = np.sqrt((alpha * SIGMA_DATA) ** 2 + sigma**2)
 
-    def limit(name):
+    def limit(name, alpha, sigma):
+        c = np.sqrt((alpha * SIGMA_DATA) ** 2 + sigma**2)
         if name == "F":  # its definition divides by sigma; this is the same form multiplied out
             return sigma * x0 / (SIGMA_DATA * c) - alpha * SIGMA_DATA * eps / c
         if name == "score" and sigma == 0:
             return np.array([0.5, -0.25])  # any finite number says eps = 0
         return truth(name, x0, eps, alpha, sigma)
 
-    want = limit(target)
-    got = call(limit(source), source, target, x, alpha, sigma)
-    np.testing.assert_allclose(got, want, rtol=1e-13, atol=1e-14)
+    cases = [*((s, t, 0.9, 0.0) for s, t in AT_SIGMA_0), *((s, t, 0.0, 1.1) for s, t in AT_ALPHA_0)]
+    points = [(limit(s, alpha, sigma), alpha * x0 + sigma * eps, alpha, sigma) for s, _, alpha, sigma in cases]
 
-    def total(value, x, alpha, sigma):
-        return jnp.sum(call(value, source, target, x, alpha, sigma))
+    @jax.jit
+    def all_cases(points):
+        found = []
+        for (source, target, _, _), point in zip(cases, points, strict=True):
 
-    for gradient in jax.grad(total, argnums=(0, 1, 2, 3))(jnp.asarray(limit(source)), jnp.asarray(x), alpha, sigma):
-        assert np.all(np.isfinite(gradient))
+            def total(*point, source=source, target=target):
+                value, *rest = point
+                made = call(value, source, target, *rest)
+                return jnp.sum(made), made
+
+            found.append(jax.grad(total, argnums=(0, 1, 2, 3), has_aux=True)(*point))
+        return found
+
+    for (source, target, alpha, sigma), (gradients, got) in zip(cases, all_cases(points), strict=True):
+        says = f"{source} to {target} at alpha {alpha}, sigma {sigma}"
+        np.testing.assert_allclose(got, limit(target, alpha, sigma), rtol=1e-13, atol=1e-14, err_msg=says)
+        assert all(np.all(np.isfinite(gradient)) for gradient in gradients), says
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import genkit as gk
-from genkit.diffusion._grids import check_grid
+from genkit.diffusion._schedules._grids import check_grid
 
 
 def test_karras_is_uniform_in_the_root():

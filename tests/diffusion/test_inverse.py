@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import genkit as gk
+from genkit.diffusion._samplers._inpainting import gray_basis
 
 
 gd = gk.diffusion
@@ -145,13 +146,11 @@ def test_repaint_without_repetition_is_ancestral():
 
 
 def test_colors_from_gray():
-    basis = gd.colorize((3, 2, 2))
+    basis = gray_basis(3)
     np.testing.assert_allclose(basis @ basis.T, np.eye(3), atol=1e-12)
     image = np.random.default_rng(0).normal(size=(3, 2, 2)).astype(np.float32)
-    mask = np.zeros((3, 2, 2))
-    mask[0] = 1
     law = gd.GaussianDenoiser(jnp.zeros((3, 2, 2)), jnp.array(1.0))
-    known = gd.Replacement(mask, image, basis)
+    known = gd.Replacement.of_gray(image)
     drawn = gk.sample(gd.ancestral(gd.karras(8, 0.05, 5.0)), law, 2, key=jr.key(0), guidance=known).value
     np.testing.assert_allclose(drawn.mean(1), np.broadcast_to(image.mean(0), (2, 2, 2)), atol=1e-5)
     assert float(jnp.abs(drawn - image).max()) > 0.1
@@ -205,7 +204,7 @@ def test_a_measurement_is_a_pytree_and_takes_conditions(compilations):
         (lambda law: gd.repaint(gd.karras(4, 0.1, 1.0), 0), "jump"),
         (lambda law: gd.DDRM(gd.karras(4, 0.1, 1.0), OPERATOR, Y[:1], 0.1), "y"),
         (lambda law: gd.DDRM(gd.karras(4, 0.1, 1.0), OPERATOR, Y, 0.1, eta=2.0), "eta"),
-        (lambda law: gd.colorize((3, 8)), "shape"),
+        (lambda law: gd.Replacement.of_gray(jnp.zeros((3, 8))), "image"),
         (lambda law: gd.log_prob(gd.Measurement(law, OPERATOR, Y, 0.1), jnp.ones(4), sigma_min=0.1, sigma_max=1.0),
          "no posterior"),
     ],

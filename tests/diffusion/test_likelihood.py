@@ -11,6 +11,7 @@ from numpyro.infer import MCMC, NUTS
 from stats import assert_mean
 
 import genkit as gk
+from genkit.sampling import check_levels
 
 
 gd = gk.diffusion
@@ -292,11 +293,11 @@ def networked():
 
 
 def test_levels_that_a_model_knows_pass():
-    gd.check_levels(gd.ddim(gd.karras(5, 0.01, 50.0)), networked())
-    gd.check_levels(gd.karras(5, 0.001, 500.0), mixture())
-    gd.check_levels(gd.karras(5, 0.001, 500.0), gd.Preconditioned(lambda x, t, cond: x, "F"))
+    check_levels(gd.ddim(gd.karras(5, 0.01, 50.0)).levels, networked())
+    check_levels(gd.karras(5, 0.001, 500.0), mixture())
+    check_levels(gd.karras(5, 0.001, 500.0), gd.Preconditioned(lambda x, t, cond: x, "F"))
     for prediction in ("eps", "velocity"):
-        gd.check_levels(gd.karras(5, 1e-6, 1e6), gd.Preconditioned(lambda x, t, cond: x, prediction, 1.0, gd.CondOT()))
+        check_levels(gd.karras(5, 1e-6, 1e6), gd.Preconditioned(lambda x, t, cond: x, prediction, 1.0, gd.CondOT()))
     # The range is read while a program is traced too, where the schedule is none of its arguments; else it is unknown.
     model = networked()
     inside = jax.jit(lambda x: x + model.noise_range[0])
@@ -368,8 +369,8 @@ def ask(denoiser=None, x=None, **kwargs):
         (lambda: gd.Hutchinson(0), ValueError, "num_probes"),
         (lambda: ask(networked(), sigma_max=80.0), ValueError, "0.01 to 50 of the model"),
         (lambda: ask(networked(), sigma_min=0.001), ValueError, "got level 0.001"),
-        (lambda: gd.check_levels(gd.ddim(gd.karras(5, 0.02, 80.0)), networked()), ValueError, "got level 80"),
-        (lambda: gd.check_levels(gk.Sampler(gd.ddim(gd.karras(5, 0.02, 80.0))), networked()), ValueError, "80"),
+        (lambda: check_levels(gd.ddim(gd.karras(5, 0.02, 80.0)).levels, networked()), ValueError, "got level 80"),
+        (lambda: check_levels(gk.Sampler(gd.ddim(gd.karras(5, 0.02, 80.0))).levels, networked()), ValueError, "80"),
         (lambda: gd.bits_per_dim(jnp.array(1.0), 0, 4, 1.0), ValueError, "dim"),
         (lambda: gd.dequantize(jnp.array([4]), 4, key=jr.key(0)), ValueError, "ink"),
         (lambda: gd.sample_log_prob(Mute(), sigma_min=0.1, sigma_max=1.0, key=jr.key(0)), ValueError, "shape"),

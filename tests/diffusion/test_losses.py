@@ -1,4 +1,4 @@
-"""Objectives: weight identities, minimisers, noise laws, condition dropout, wrong input."""
+"""Objectives: weight identities, minimizers, noise laws, condition dropout, wrong input."""
 
 import equinox as eqx
 import jax
@@ -11,7 +11,7 @@ from scipy.special import gamma
 from stats import assert_distribution, assert_frequencies, assert_mean
 
 import genkit as gk
-from genkit.diffusion._losses import draw_evenly
+from genkit._core._stratified import draw_evenly
 
 
 d = gk.diffusion
@@ -37,7 +37,7 @@ OBJECTIVES = {
     "eps weight": lambda: d.DenoisingScoreMatching(weight=d.EpsWeight()),
     "one level": lambda: d.DenoisingScoreMatching(dist.Delta(0.7), weight=lambda sigma: 3.0),
     "flow": d.FlowMatching,
-    "flow on VP": lambda: d.FlowMatching(d.VP(), time_law=dist.Uniform(0.01, 1.0)),
+    "flow on VP": lambda: d.FlowMatching(d.VP(), time_distribution=dist.Uniform(0.01, 1.0)),
 }
 each = pytest.mark.parametrize("make", OBJECTIVES.values(), ids=OBJECTIVES)
 
@@ -115,7 +115,7 @@ def test_flow_value_is_the_velocity_error():
     denoiser = d.GaussianDenoiser(jnp.zeros(2), 0.3)
     x0 = jr.normal(jr.key(0), (64, 2))
     with jax.enable_x64(True):
-        objective = d.FlowMatching(time_law=dist.Delta(0.3))
+        objective = d.FlowMatching(time_distribution=dist.Delta(0.3))
         noise = jr.normal(jr.split(jr.key(1), 4)[1], (64, 2), jnp.float64)
         x0 = jnp.asarray(x0, jnp.float64)
         x = 0.7 * x0 + 0.3 * noise
@@ -183,7 +183,7 @@ def test_condition_dropout_is_per_example(kind):
     assert_frequencies(np.repeat([0, 1], [n - dropped, dropped]), [0.75, 0.25])
     assert seen[0] == (jnp.int32 if kind == "labels" else jnp.float32)
     for share in (0.0, 1.0):
-        objective = d.FlowMatching(time_law=dist.Delta(0.5), cond_dropout=share)
+        objective = d.FlowMatching(time_distribution=dist.Delta(0.5), cond_dropout=share)
         _, aux = objective(Spy(), (jnp.zeros((8, 1)), cond[:8]), key=jr.key(1))
         _, base = objective(lambda x, sigma, cond, share=share: x + share, (jnp.zeros((8, 1)), cond[:8]), key=jr.key(1))
         np.testing.assert_allclose(aux["mse"], base["mse"], rtol=1e-6)
@@ -229,7 +229,7 @@ def test_flow_is_finite_over_the_whole_path():
     x = jr.normal(jr.key(1), (4, 2))
     loss = eqx.filter_jit(eqx.filter_value_and_grad(lambda m, objective: objective(m, x, key=jr.key(2))[0]))
     for t in (2.0**-25, 1e-4, 0.5, 1 - 2.0**-24):
-        value, slope = loss(denoiser, d.FlowMatching(time_law=dist.Delta(t)))
+        value, slope = loss(denoiser, d.FlowMatching(time_distribution=dist.Delta(t)))
         assert np.isfinite(float(value))
         assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(slope.net))
         if t > 1e-5:  # the network begins at zero, so the loss is |eps - x0|^2 whatever the time
@@ -248,10 +248,10 @@ def test_coupling_pairs_data_noise_and_conditions():
         return cond * jnp.ones_like(x)
 
     x0 = jnp.array([[3.0], [1.0], [2.0]])
-    objective = d.FlowMatching(coupling=by_rank, time_law=dist.Delta(0.5))
+    objective = d.FlowMatching(coupling=by_rank, time_distribution=dist.Delta(0.5))
     _, aux = objective(model, (x0, x0[:, 0]), key=jr.key(0))
     assert float(aux["mse"]) == 0.0  # the conditions moved with the data
-    _, aux = d.FlowMatching(time_law=dist.Delta(0.5))(model, (x0, x0[:, 0]), key=jr.key(0))
+    _, aux = d.FlowMatching(time_distribution=dist.Delta(0.5))(model, (x0, x0[:, 0]), key=jr.key(0))
     assert float(aux["mse"]) == 0.0
 
 
@@ -295,7 +295,10 @@ def test_trained_linear_model_is_the_exact_denoiser():
     [
         (lambda: d.DenoisingScoreMatching(cond_dropout=1.5), "`cond_dropout` must be in"),
         (lambda: d.FlowMatching(cond_dropout=-0.1), "`cond_dropout` must be in"),
-        (lambda: d.DenoisingScoreMatching(dist.Normal(jnp.zeros(2), 1.0)), "`noise_law` must be a scalar law"),
+        (
+            lambda: d.DenoisingScoreMatching(dist.Normal(jnp.zeros(2), 1.0)),
+            "`noise_distribution` must be a scalar distribution",
+        ),
         (lambda: d.EDMWeight(0.0), "`sigma_data` must be positive"),
         (lambda: d.MinSNRWeight(-1.0), "`gamma` must be positive"),
     ],
@@ -308,7 +311,7 @@ def test_wrong_settings(make, words):
 def test_wrong_types():
     # The tests' own type check refuses these first, so the message is not looked at.
     for make in (
-        lambda: d.DenoisingScoreMatching(noise_law=0.5),
+        lambda: d.DenoisingScoreMatching(noise_distribution=0.5),
         lambda: d.DenoisingScoreMatching(weight=3.0),
         lambda: d.FlowMatching(schedule="VP"),
         lambda: d.FlowMatching(coupling="ot"),
@@ -326,6 +329,6 @@ def test_wrong_batches():
         objective(model, jnp.ones((4, 2), int), key=jr.key(0))
     with pytest.raises(ValueError, match="one entry for each of the 4 examples"):
         objective(model, (x, jnp.zeros(3, int)), key=jr.key(0))
-    with pytest.raises(ValueError, match="None, because this law was given no labels"):
+    with pytest.raises(ValueError, match="None, because this distribution was given no labels"):
         objective(model, (x, jnp.zeros(4, int)), key=jr.key(0))
     assert not np.isfinite(jax.jit(lambda x: objective(model, x, key=jr.key(0))[0])(x.at[0, 0].set(jnp.nan)))

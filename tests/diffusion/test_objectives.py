@@ -12,6 +12,8 @@ from scipy.optimize import linear_sum_assignment
 from stats import assert_mean, assert_variance
 
 import genkit as gk
+from genkit.diffusion._objectives._assignment import assignment
+from genkit.diffusion._objectives._power_ema import ema_exponent
 
 
 gd = gk.diffusion
@@ -120,7 +122,7 @@ def test_learned_weights_find_the_error_of_every_level(x64):
 
 
 def test_assignments_are_optimal(x64):
-    solve = jax.jit(gd.assignment)
+    solve = jax.jit(assignment)
     for seed in range(12):
         cost = np.random.default_rng(seed).normal(size=(24, 24))
         if seed % 3 == 0:
@@ -160,7 +162,7 @@ def test_couplings_move_the_noise_alone():
 def test_average_of_any_width_after_training(x64):
     # A parameter that moves: the average of a third width, reconstructed and kept along the way.
     path = 1 + np.cumsum(np.random.default_rng(0).normal(size=400)) / 20
-    wanted = gd.ema_exponent(0.08)
+    wanted = ema_exponent(0.08)
     direct, snapshots = 0.0, []
     update = jax.jit(lambda ema, x: ema.update(x))
     ema = gd.PowerEMA.start(jnp.zeros(1))
@@ -263,9 +265,9 @@ def test_noise_stays_when_guidance_is_given_in_the_call():
         (lambda: gd.LearnedWeighting(3.0), "base"),
         (lambda: gd.WithUncertainty(lambda x, s, c: x), "key"),
         (lambda: gd.MinibatchOT(-1.0), "condition_weight"),
-        (lambda: gd.assignment(jnp.ones((2, 3))), "cost"),
-        (lambda: gd.assignment(jnp.full((2, 2), jnp.nan)), "cost"),
-        (lambda: gd.ema_exponent(0.5), "width"),
+        (lambda: assignment(jnp.ones((2, 3))), "cost"),
+        (lambda: assignment(jnp.full((2, 2), jnp.nan)), "cost"),
+        (lambda: ema_exponent(0.5), "width"),
         (lambda: gd.posthoc_ema([], 0.1, model=jnp.zeros(1)), "snapshots"),
         (lambda: gd.PowerEMA.start(jnp.zeros(1), (0.1, 0.1)), "widths"),
         (lambda: gd.predictor_corrector(gd.karras(4, 0.1, 1.0), snr=0.0), "snr"),

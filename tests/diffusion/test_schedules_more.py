@@ -238,7 +238,7 @@ def test_kinetic_path_from_data_and_from_a_denoiser():
 
 
 def test_grids_and_their_clocks(x64):
-    grid = gd.cosine(6, 0.02, 10.0, 0.5)
+    grid = gd.angle_uniform(6, 0.02, 10.0, 0.5)
     np.testing.assert_allclose(np.diff(np.arctan(grid[:-1] / 0.5), 2), 0, atol=1e-12)
     quantiles = gd.beta_quantile(9, 0.02, 10.0, 0.6, 0.8)
     share = np.log(quantiles[:-1] / 0.02) / np.log(10 / 0.02)
@@ -250,14 +250,20 @@ def test_grids_and_their_clocks(x64):
 
 
 def test_the_best_grid_of_gaussian_data():
-    np.testing.assert_allclose(gd.gaussian_optimal(9, 0.02, 10.0, [0.25]), gd.cosine(9, 0.02, 10.0, 0.5), rtol=2e-4)
+    np.testing.assert_allclose(
+        gd.gaussian_optimal(9, 0.02, 10.0, [0.25]), gd.angle_uniform(9, 0.02, 10.0, 0.5), rtol=2e-4
+    )
     variances = np.array([4.0, 1.0, 0.25, 0.01])
     with jax.enable_x64(True):
         law = gd.GaussianDenoiser(jnp.zeros(4), jnp.asarray(variances))
     score = lambda grid: float(gd.exact_error(gd.ddim(grid), law).kl)
     n, ends = 12, (0.02, 10.0)
     best = gd.gaussian_optimal(n, *ends, variances, None)
-    others = [gd.karras(n, *ends, final=None), gd.log_uniform(n, *ends, final=None), gd.cosine(n, *ends, 0.5, None)]
+    others = [
+        gd.karras(n, *ends, final=None),
+        gd.log_uniform(n, *ends, final=None),
+        gd.angle_uniform(n, *ends, 0.5, None),
+    ]
     assert score(best) < 0.95 * min(score(grid) for grid in others)
     # Stationary: moving any inner level to either side makes it worse.
     for i in range(1, n - 1):
@@ -285,7 +291,7 @@ def test_the_best_grid_of_gaussian_data():
         (lambda: gd.KineticOptimal(lambda level: 0.0), "mmse"),
         (lambda: gd.KineticOptimal.from_data(jnp.zeros((4, 2))), "scale"),
         (lambda: gd.beta_quantile(5, 0.1, 1.0, 0.0), "a"),
-        (lambda: gd.cosine(5, 0.1, 1.0, 0.0), "sigma_data"),
+        (lambda: gd.angle_uniform(5, 0.1, 1.0, 0.0), "sigma_data"),
         (lambda: gd.gaussian_optimal(5, 0.1, 1.0, [-1.0]), "variances"),
         (lambda: gd.gaussian_optimal(5, 2.0, 1.0, [1.0]), "sigma_min"),
     ],

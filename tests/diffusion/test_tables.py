@@ -8,7 +8,7 @@ import pytest
 from table_reference import EIGENVALUES, flow_map, gaussian, output_variance, run_table
 
 import genkit as gk
-from genkit.diffusion._coefficients import exponential_weights
+from genkit.diffusion._samplers._charts import DataInLogLevel
 
 
 gd = gk.diffusion
@@ -275,7 +275,7 @@ def test_generated_weights_integrate_polynomials_exactly(tau2):
     from scipy.integrate import quad
 
     nodes, start, end = [0.9, 0.4, -0.2], 0.9, 1.7
-    weights = exponential_weights(nodes, start, end, tau2)
+    weights = DataInLogLevel(tau2).weights(np.exp(-np.array(nodes)).tolist(), np.exp(-start), np.exp(-end))
     rate = 1 + tau2
     for power in range(3):
         exact = quad(lambda u, p=power: rate * np.exp(-rate * (end - u)) * u**p, start, end, epsabs=1e-14)[0]
@@ -283,12 +283,13 @@ def test_generated_weights_integrate_polynomials_exactly(tau2):
 
 
 def test_one_node_gives_ddim_also_to_zero_noise():
-    assert exponential_weights([0.3], 0.3, 0.8)[0] == pytest.approx(1 - np.exp(-0.5), abs=1e-15)
-    assert exponential_weights([0.3], 0.3, np.inf)[0] == 1.0
+    assert DataInLogLevel().weights([2.0], 2.0, 0.5)[0] == pytest.approx(0.75, abs=1e-15)
+    last = gd.dpmpp(np.array([2.0, 0.0]), warm_start=True)
+    assert last.a[0] == 0 and last.b[0].sum() == 1
 
 
 def test_tiny_steps_keep_their_digits():
-    weights = exponential_weights([1.0, 0.999999], 1.0, 1.000001)
+    weights = DataInLogLevel().weights([np.exp(-1.0), np.exp(-0.999999)], np.exp(-1.0), np.exp(-1.000001))
     assert weights.sum() == pytest.approx(-np.expm1(-1e-6), rel=1e-12)
 
 

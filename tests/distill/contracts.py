@@ -1,10 +1,13 @@
 """Contract cases of distillation."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import numpyro.distributions as dist
+import optax
 from contract import Case
 
 import genkit as gk
@@ -34,7 +37,7 @@ def model(**parts):
 def noised():
     x = jnp.linspace(-1.0, 1.0, 8)[:, None]
     sigma = jnp.linspace(0.4, 1.1, 8)
-    return d.Noised(x, x + sigma[:, None] * x**2, sigma, x**2, None, jnp.ones_like(sigma))
+    return d.NoisyBatch(x, x + sigma[:, None] * x**2, sigma, x**2, None, jnp.ones_like(sigma))
 
 
 def loss(value):
@@ -48,6 +51,12 @@ def loss(value):
     return jax.grad(of_student)(jnp.zeros(()))
 
 
+@functools.cache
+def fitted():
+    phases = d.cycle(d.SDS(), noise_distribution=NOISE, latent_shape=(1,), optimizer=optax.sgd(0.1), batch_size=4)
+    return gk.fit(gk.Recipe(lambda key: model(), d.Conditions(None, 4), phases, 1), key=jr.key(0))
+
+
 def denoise(value):
     return value(jnp.full(1, 0.3), jnp.asarray(0.7), jnp.asarray(1))
 
@@ -57,7 +66,7 @@ def student(value):
 
 
 def sample(sampler):
-    return sampler.draw(d.OneStep(gauss(), 1.0) if isinstance(sampler, d.Generate) else gauss(),
+    return sampler.draw(d.OneStep(gauss(), 1.0) if isinstance(sampler, d.StudentSampler) else gauss(),
                         jr.split(jr.key(0), 2), cond=None, x_init=None, shape=(1,)).value  # fmt: skip
 
 
@@ -94,8 +103,8 @@ NOISE = dist.Uniform(0.3, 2.0)
 JS = gk.divergence.JensenShannon
 CASES = [
     Case("Distillation", model),
-    Case("Positives", lambda: d.Positives(jnp.zeros((4, 1)), jnp.arange(4), jnp.ones((4, 1)))),
-    Case("Distilled", lambda: d.Distilled(gauss(), gauss(), {})),
+    Case("TeacherSamples", lambda: d.TeacherSamples(jnp.zeros((4, 1)), jnp.arange(4), jnp.ones((4, 1)))),
+    Case("Distilled", lambda: d.Distilled.of_training(fitted())),
     Case("OneStep", lambda: d.OneStep(gauss(), 1.0), student),
     Case("FewStep", lambda: d.FewStep(gauss(), jnp.array([2.0, 1.0])), student, vmap=False),
     Case("ExactRatio", d.ExactRatio),
@@ -108,7 +117,7 @@ CASES = [
     Case("DSD", lambda: d.DSD(1.0, 2.0)),
     Case("SiD", lambda: d.SiD(1.0), loss, eager=False),
     Case("Adversarial", d.Adversarial),
-    Case("Regression", d.Regression),
+    Case("PairRegression", d.PairRegression),
     Case("SumLoss", lambda: d.SDS() + 0.5 * d.Adversarial()),
     Case("StudentObjective", lambda: d.StudentObjective(d.SDS(), NOISE, None, 4, (1,))),
     Case("CriticObjective", lambda: d.CriticObjective(NOISE, 4, (1,))),
@@ -134,6 +143,6 @@ CASES = [
         eager=False,
         zero_grad=True,
     ),
-    Case("Generate", d.Generate, sample, grad=False, vmap=False),
+    Case("StudentSampler", d.StudentSampler, sample, grad=False, vmap=False),
     Case("Renoise", lambda: d.Renoise(jnp.array([2.0, 1.0])), sample, vmap=False),
 ]

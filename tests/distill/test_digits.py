@@ -86,7 +86,7 @@ def start(guided):
 
 
 def students_draws(student):
-    return lambda key: gk.sample(gk.distill.Generate(), student, NUM, cond=LABELS, key=key).value
+    return lambda key: gk.sample(gk.distill.StudentSampler(), student, NUM, cond=LABELS, key=key).value
 
 
 def show(name, found):

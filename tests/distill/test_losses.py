@@ -39,7 +39,7 @@ def quadrature(model, sigma):
     weight = jnp.asarray(np.outer(wz, we).ravel() * z.size)
     x = jax.vmap(model.student)(z[:, None])
     level = jnp.full(z.shape, sigma)
-    return gk.distill.Noised(x, x + sigma * e[:, None], level, e[:, None], None, weight)
+    return gk.distill.NoisyBatch(x, x + sigma * e[:, None], level, e[:, None], None, weight)
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0])
@@ -104,7 +104,7 @@ def test_guided_distillation_finds_the_guided_law():
     guidance = gk.guidance.cfg(2.0)
     made = gk.distill.distill(
         law, student(0.0, 1.0), divergence=gk.divergence.ForwardKL(), ratio=gk.distill.ExactRatio(), cond=1,
-        noise_law=dist.Delta(0.0), guidance=guidance, num_steps=400, batch_size=512, ema=0.98, key=jr.key(0),
+        noise_distribution=dist.Delta(0.0), guidance=guidance, num_steps=400, batch_size=512, ema=0.98, key=jr.key(0),
     )  # fmt: skip
     x = np.linspace(-8, 8, 4001)
     log_p = jax.vmap(lambda y: log_density(gk.guidance.Guided(law, guidance), y[None], jnp.asarray(0.0), 1))(x)
@@ -192,7 +192,7 @@ def test_dsd_weighs_its_two_directions():
 
     parts = slope(gk.distill.DSD(1.0, 0.0)), slope(gk.distill.DSD(0.0, 1.0))
     np.testing.assert_allclose(slope(gk.distill.DSD(2.0, 3.0)), 2 * parts[0] + 3 * parts[1], rtol=1e-9)
-    assert parts[0] < 0  # towards the labelled component at 2
+    assert parts[0] < 0  # towards the labeled component at 2
 
 
 def test_far_apart_ratios_overflow_into_the_bound():
@@ -239,7 +239,7 @@ def test_students_and_samplers():
     slope = jax.grad(lambda z: jnp.sum(few.rollout(z, None, jnp.asarray(2))))(z)
     np.testing.assert_allclose(slope, 0)
     model = gk.distill.Distillation(few, law)
-    draws = gk.sample(gk.distill.Generate(), model, 4, key=jr.key(1))
+    draws = gk.sample(gk.distill.StudentSampler(), model, 4, key=jr.key(1))
     assert draws.value.shape == (4, 2) and draws.nfe.tolist() == [3] * 4
     # The denoiser of N(0, 1) halves twice: 8 z / 65, then (that + z') / 2.
     many = gk.sample(gk.distill.Renoise([8.0, 1.0]), law, 4000, key=jr.key(2))

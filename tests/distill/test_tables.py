@@ -37,7 +37,7 @@ def pathwise(divergence, model, levels):
     z, noise = (std * a + sigma * b) / total, (sigma * a - std * b) / total
     x = jax.vmap(model.student)(z[:, None])
     weight = probability / jnp.mean(probability)
-    batch = gk.distill.Noised(x, x + (sigma * noise)[:, None], sigma, noise[:, None], None, weight)
+    batch = gk.distill.NoisyBatch(x, x + (sigma * noise)[:, None], sigma, noise[:, None], None, weight)
     loss = gk.distill.FDistill(divergence, gk.distill.ExactRatio())
     return loss(model, batch, key=jr.key(0))[0]
 
@@ -193,7 +193,7 @@ def test_distill_reaches_the_optimum_with_draws(name):
         student(0.0, 1.5),
         divergence=FAMILY[name](),
         ratio=gk.distill.ExactRatio(),
-        noise_law=dist.Delta(0.0),
+        noise_distribution=dist.Delta(0.0),
         num_steps=2000,
         batch_size=1024,
         ema=0.99,

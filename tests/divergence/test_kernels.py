@@ -99,9 +99,9 @@ def test_blocks_do_not_change_the_result(monkeypatch):
     x, y = (jnp.asarray(s, jnp.float32) for s in samples(50, 31))
     whole = float(v.energy_distance(x, y))
     monkeypatch.setattr(_pairs, "_BLOCK", 7 * 31 * 3)  # seven rows at a time, the last block smaller
-    _pairs.mean_pairs.clear_cache()
+    jax.clear_caches()
     np.testing.assert_allclose(v.energy_distance(x, y), whole, rtol=1e-5)
-    _pairs.mean_pairs.clear_cache()
+    jax.clear_caches()
 
 
 def test_memory_is_bounded():
@@ -215,3 +215,33 @@ X = np.zeros((4, 2), np.float32)
 def test_wrong_input(call, words):
     with np.errstate(invalid="ignore"), pytest.raises(ValueError, match=words):
         call()
+
+
+@pytest.mark.parametrize("scale", [1e25, 1e-25])
+def test_units_of_the_data_do_not_overflow(scale):
+    x, y = (np.float32(s) for s in samples(12, 9))
+    wide = [np.float32(scale) * s for s in (x, y)]
+    for call in (v.energy_distance, lambda x, y: v.sliced_wasserstein(x, y, key=jr.key(0), num_slices=8)):
+        np.testing.assert_allclose(call(*wide) / scale, call(x, y), rtol=1e-5)
+    np.testing.assert_allclose(v.cauchy_schwarz(*wide, scale), v.cauchy_schwarz(x, y, 1.0), rtol=1e-4)
+    np.testing.assert_allclose(v.mmd(*wide, bandwidth=scale), v.mmd(x, y, bandwidth=1.0), rtol=1e-4)
+    assert [float(s) for s in v.precision_recall(*wide)] == [float(s) for s in v.precision_recall(x, y)]
+
+
+def test_bandwidths_far_from_the_data():
+    x, y = (np.float32(1e25) * np.float32(s) for s in samples(12, 9))
+    np.testing.assert_allclose(v.mmd(x, y, bandwidth=1.0), 1 / 12 + 1 / 9, rtol=1e-5)
+    assert float(v.cauchy_schwarz(x, y, 1.0)) == np.inf
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float16, bool])
+def test_integers_and_half_precision_are_floats(dtype):
+    x, y = (np.abs(s * 2).astype(dtype) for s in samples(12, 9))
+    for call in (
+        v.energy_distance,
+        lambda x, y: v.mmd(x, y, bandwidth=0.5),
+        lambda x, y: v.cauchy_schwarz(x, y, 0.5),
+        lambda x, y: v.sliced_wasserstein(x, y, key=jr.key(0), num_slices=8, p=1.5),
+        lambda x, y: v.sinkhorn_divergence(x, y, 0.5),
+    ):
+        np.testing.assert_allclose(call(x, y), call(np.float32(x), np.float32(y)), rtol=1e-6)

@@ -81,13 +81,13 @@ def weighted():
         g.Slot("uncond", cond="null"),
         *(g.Slot(f"other_{i}", cond=jnp.asarray(i)) for i in (2, 3, 4, 5)),
     ]
-    weights = (0.5, g.Ramp(0.1, 0.3, 2.0), g.PowerCosine(1.2, 2.0), g.PlusPlus(0.2), g.PerStep([0.1, 0.2, 0.1, 0.3]))
+    weights = (0.5, g.Ramp(0.1, 0.3, 2.0), g.PowerCosine(1.2, 2.0), g.CFGPlusPlus(0.2), g.PerStep([0.1, 0.2, 0.1, 0.3]))
     return g.Linear(tuple(slots), weights)
 
 
 def directed():
-    maps = (g.Momentum(-0.5), g.ClipNorm(0.5, rms=True), g.Damp(0.5), g.Project(0.2))
-    direction = g.Direction(g.Slot("uncond", cond="null"), maps, g.OfNoise(rising))
+    maps = (g.Momentum(-0.5), g.ClipNorm(0.5, rms=True), g.ExponentialDamping(0.5), g.Project(0.2))
+    direction = g.Direction(g.Slot("uncond", cond="null"), maps, g.FunctionOfSigma(rising))
     return direction >> g.Rescale(0.7) >> g.DynamicThreshold(0.9, 0.5) >> g.NormCap()
 
 

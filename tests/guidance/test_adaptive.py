@@ -37,8 +37,8 @@ class Counting:
 TABLE = gd.ddim(gd.karras(32, 0.002, 80.0))
 
 
-def draw(guidance, *, plan="dynamic", model=None, table=TABLE, n=NUM, key=1, **kwargs):
-    sampler = gk.Sampler(table, guidance, plan=plan)
+def draw(guidance, *, skip="dynamic", model=None, table=TABLE, n=NUM, key=1, **kwargs):
+    sampler = gk.Sampler(table, guidance, skip=skip)
     return gk.sample(sampler, model or law(), n, key=jr.key(key), cond=jnp.asarray(COND[:n]), **kwargs)
 
 
@@ -48,18 +48,18 @@ def deviation(draws, baseline):
 
 
 @pytest.mark.parametrize(
-    "plan", ["compact", *(pytest.param(plan, marks=pytest.mark.slow) for plan in ("dynamic", "phases"))]
+    "skip", ["compact", *(pytest.param(skip, marks=pytest.mark.slow) for skip in ("dynamic", "phases"))]
 )
-def test_saves_a_fifth_of_the_evaluations_at_a_deviation_of_a_hundredth(plan):
+def test_saves_a_fifth_of_the_evaluations_at_a_deviation_of_a_hundredth(skip):
     model = Counting()
-    draws = draw(gg.adaptive(gg.cfg(4.0), 0.99), plan=plan, model=model)
+    draws = draw(gg.adaptive(gg.cfg(4.0), 0.99), skip=skip, model=model)
     jax.effects_barrier()
     assert len(model.calls) == int(draws.nfe.sum())
     assert deviation(draws, draw(gg.cfg(4.0))) <= 0.01
     # Gathered, the draws that still need both save a fifth; else the second evaluation ends with the last of the batch.
     saved = 1 - len(model.calls) / (64 * NUM)
     together = (32 - int(np.asarray(draws.nfe_logical).max() - 32)) / 64
-    assert saved >= 0.2 if plan == "compact" else saved == together > 0
+    assert saved >= 0.2 if skip == "compact" else saved == together > 0
     assert model.calls.count(False) == 32 * NUM, "the plain prediction in every step"
     # Latched for good, one by one, and not all at once.
     latched = np.asarray(draws.info["latched"])
@@ -68,11 +68,11 @@ def test_saves_a_fifth_of_the_evaluations_at_a_deviation_of_a_hundredth(plan):
 
 
 @pytest.mark.parametrize(
-    "plan", ["compact", *(pytest.param(plan, marks=pytest.mark.slow) for plan in ("dynamic", "phases"))]
+    "skip", ["compact", *(pytest.param(skip, marks=pytest.mark.slow) for skip in ("dynamic", "phases"))]
 )
-def test_batched_equals_one_by_one(plan):
+def test_batched_equals_one_by_one(skip):
     guidance = gg.adaptive(gg.cfg(4.0), 0.99)
-    alone, together = draw(guidance, batch_size=1), draw(guidance, plan=plan)
+    alone, together = draw(guidance, batch_size=1), draw(guidance, skip=skip)
     np.testing.assert_allclose(together.value, alone.value, rtol=1e-10, atol=1e-12)
     np.testing.assert_array_equal(together.nfe_logical, alone.nfe_logical)
     assert len(set(alone.nfe.tolist())) > 2, "mixed latch times"
@@ -125,7 +125,7 @@ def test_policies():
     table, steps = draw(gg.cfg(scales)), draw(gg.step_adaptive(gg.cfg(4.0), 20))
     np.testing.assert_allclose(table.value, steps.value, rtol=1e-10)
     assert table.nfe.tolist() == steps.nfe.tolist() == [52] * NUM
-    static = draw(gg.cfg(scales), plan="static")
+    static = draw(gg.cfg(scales), skip="static")
     np.testing.assert_allclose(static.value, table.value, rtol=1e-10)
     assert static.nfe.tolist() == [52] * NUM
     assert deviation(table, draw(gg.cfg(4.0))) < 0.005

@@ -54,8 +54,8 @@ def _anyway(denoiser):
         (lambda: gg.Ramp(1.0, 5.0), 1 + 4 * 2 / 7),
         (lambda: gg.Ramp(1.0, 5.0, power=2.0), 1 + 4 * (2 / 7) ** 2),
         (lambda: gg.PowerCosine(5.0, power=0.5), 1 + 4 * (1 - np.cos(np.pi * (2 / 7) ** 0.5)) / 2),
-        (lambda: gg.OfNoise(jnp.exp), np.exp(0.8)),
-        (lambda: gg.PlusPlus(0.6), 0.6 / (1 - 0.5 / 0.8)),
+        (lambda: gg.FunctionOfSigma(jnp.exp), np.exp(0.8)),
+        (lambda: gg.CFGPlusPlus(0.6), 0.6 / (1 - 0.5 / 0.8)),
         (lambda: np.arange(8.0) ** 2, 4.0),
     ],
 )
@@ -127,7 +127,7 @@ def test_the_projection_is_orthogonal():
 
 def test_damping():
     _, c, u, _ = parts()
-    guidance = gg.Direction(gg.Slot("uncond", cond="null"), gg.Damp(2.0), 10.0)
+    guidance = gg.Direction(gg.Slot("uncond", cond="null"), gg.ExponentialDamping(2.0), 10.0)
     close(predict(guidance)[0], c + 9 * np.exp(-2 * length(c - u) / length(u)) * (c - u))
 
 
@@ -294,7 +294,7 @@ def test_gfcg(confusion):
     close(value, c + extra[:, None] * (c - reference))
     close(reports["scale"], 1 + extra)
     confused = q > 0.2
-    value, _, _, tally = predict(gfcg(confusion=confusion, skip_below=0.2), plan="compact")
+    value, _, _, tally = predict(gfcg(confusion=confusion, skip_below=0.2), skip="compact")
     close(value, c + np.where(confused, extra, 0)[:, None] * (c - reference))
     np.testing.assert_array_equal(tally.logical, 1 + confused)
 
@@ -371,7 +371,7 @@ def test_guided_denoisers_may_forget_but_need_no_grid():
 
 def test_guided_denoisers_have_a_flow_but_no_likelihood():
     guided = gg.Guided(mixture(), gg.cfg(2.0))
-    with pytest.raises(ValueError, match="score of no noisy data law"):
+    with pytest.raises(ValueError, match="score of no noisy data distribution"):
         gk.diffusion.log_prob(guided, jnp.zeros(3), sigma_min=0.1, sigma_max=10.0, cond=1)
     draws = gk.sample(gk.diffusion.probability_flow(0.1, 10.0), guided, 2, cond=1, key=jax.random.key(0))
     assert bool(draws.info["ok"].all())

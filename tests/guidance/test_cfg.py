@@ -30,9 +30,9 @@ class Pair:
         return mean + (x - mean) * variance / (variance + sigma**2)
 
 
-def draw(guidance, *, table=None, pair=None, n=4, cond=0, plan="dynamic", **kwargs):
+def draw(guidance, *, table=None, pair=None, n=4, cond=0, skip="dynamic", **kwargs):
     pair = Pair() if pair is None else pair
-    sampler = gk.Sampler(gd.heun(GRID) if table is None else table, guidance, plan=plan)
+    sampler = gk.Sampler(gd.heun(GRID) if table is None else table, guidance, skip=skip)
     draws = gk.sample(sampler, pair, n, key=jr.key(0), shape=(2,), cond=cond, **kwargs)
     jax.effects_barrier()
     assert len(pair.calls) == int(draws.nfe.sum())
@@ -101,11 +101,11 @@ def test_interval_over_everything_is_cfg(x64):
     assert wide.nfe.tolist() == [30] * 4
 
 
-@pytest.mark.parametrize("plan", ["dynamic", "static", "compact"])
-def test_interval_skips_outside(plan, x64):
+@pytest.mark.parametrize("skip", ["dynamic", "static", "compact"])
+def test_interval_skips_outside(skip, x64):
     low, high = 0.3, 5.0
     table = gd.heun(GRID)
-    draws = draw(gg.interval(gg.cfg(3.0), low, high), plan=plan)
+    draws = draw(gg.interval(gg.cfg(3.0), low, high), skip=skip)
     inside = (low < table.sigma_start) & (table.sigma_start <= high)
     assert draws.nfe.tolist() == draws.nfe_logical.tolist() == [15 + int(inside.sum())] * 4
 
@@ -156,7 +156,7 @@ def test_sweeping_never_recompiles(compilations):
     assert counts[:6] == [15, 15, 30, 30, 30, 30]
 
 
-def test_unlabelled_draws_need_a_condition():
+def test_unlabeled_draws_need_a_condition():
     with pytest.raises(ValueError, match="`cond` must be given"):
         draw(gg.cfg(2.0), cond=None)
 

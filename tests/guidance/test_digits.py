@@ -149,8 +149,8 @@ def test_trained_digits_with_fewer_evaluations(judge, networks):
     strong, _ = networks
     table = gd.ddim(gd.karras(32, 0.002, 80.0))
 
-    def run(name, guidance, plan="dynamic"):
-        sampler = gk.Sampler(table, guidance, plan=plan)
+    def run(name, guidance, skip="dynamic"):
+        sampler = gk.Sampler(table, guidance, skip=skip)
         draws = gk.sample(sampler, strong, len(COND), cond=jnp.asarray(COND), key=jr.key(3))
         judge(name, draws, COND)
         return draws

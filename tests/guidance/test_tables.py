@@ -147,7 +147,7 @@ D4 = {  # norm beside the data, components of three that are alive, sliced dista
     "interval": (lambda: gg.interval(gg.cfg(8.0), 0.2, 1.5), (1.18, 2.81, 0.207)),
     "rescale": (lambda: gg.rescale(gg.cfg(8.0), 0.7), (1.18, 2.64, 0.237)),
     "mambo": (
-        lambda: gg.Direction(gg.Slot("uncond", cond="null"), gg.Damp(8.0), 8.0),
+        lambda: gg.Direction(gg.Slot("uncond", cond="null"), gg.ExponentialDamping(8.0), 8.0),
         (1.00, 2.99, 0.054),
     ),
 }
@@ -232,9 +232,9 @@ class Bed:
         weights = np.where(own, (1 - share) / PER_CLASS, share / (PER_CLASS * (CLASSES - 1)))
         return Leaky(jnp.asarray(self.means), jnp.asarray(np.log(weights)), jnp.asarray(STD**2 * inflation))
 
-    def measure(self, name, guidance, num_steps=32, plan="dynamic"):
+    def measure(self, name, guidance, num_steps=32, skip="dynamic"):
         """Evaluations per draw, accuracy, and sliced distance to the truth, class by class."""
-        sampler = gk.Sampler(gd.ddim(gd.karras(num_steps, 0.002, 80.0)), guidance, plan=plan)
+        sampler = gk.Sampler(gd.ddim(gd.karras(num_steps, 0.002, 80.0)), guidance, skip=skip)
         draws = gk.sample(sampler, self.strong, len(COND), key=jr.key(0), shape=(6,), cond=jnp.asarray(COND))
         accuracy = (np.asarray(jax.vmap(self.classifier)(draws.value)).argmax(axis=1) == COND).mean()
         classes = [(draws.value[c == COND], jnp.asarray(self.truth[c == COND], jnp.float32)) for c in range(CLASSES)]
@@ -266,7 +266,7 @@ def judged(beds):
     rows = []
     for bed in beds:
         plain = [bed.measure(f"cfg({w})", gg.cfg(w)) for w in SCALES]
-        guided = bed.measure("gfcg", tuned_gfcg(bed.classifier), plan="compact")
+        guided = bed.measure("gfcg", tuned_gfcg(bed.classifier), skip="compact")
         rows.append((min(plain, key=lambda row: row[2]), guided))
     return rows
 

@@ -9,7 +9,7 @@ from guidance.tools import gd, gg, mixture
 import genkit as gk
 
 
-class Labelled(eqx.Module):
+class Labeled(eqx.Module):
     """A model of a number of classes, keeping the first few entries of its prediction."""
 
     num_labels: int = eqx.field(static=True)
@@ -27,14 +27,14 @@ class Labelled(eqx.Module):
         (lambda: gg.compose({0: 1.0, 7: 0.5}), "`cond`.*got 7"),
         (lambda: gg.fkc({"given": 2.0, 9: -1.0}, 2), "`cond`.*got 9"),
         (lambda: gg.interval(gg.cfg(2.0) + gg.negative(2.0, 4), 0.1, 1.0) >> gg.NormCap(), "`cond`.*got 4"),
-        (lambda: gg.autoguide(Labelled(2), 2.0), "`weak` must be used with labels from 0 to 1, or -1 for none; got 2"),
-        (lambda: gg.cfg(2.0) + gg.autoguide(Labelled(2), 2.0), "`weak`.*0 to 1.*got 2"),
-        (lambda: (gg.cfg(2.0), gg.reflect(Labelled(2))), "`weak`.*0 to 1.*got 2"),
-        (lambda: gg.autoguide(Labelled(4, keep=2), 2.0), r"`weak`.*keeps the shape \(3,\); got \(2,\)"),
-        (lambda: gg.cfg(2.0) + gg.perturbed(Labelled(4, keep=1), 2.0), r"`perturbed`.*\(3,\); got \(1,\)"),
-        (lambda: gg.gfcg(lambda x0: x0, 3.0, weak=Labelled(4, keep=1)), r"`weak`.*\(3,\); got \(1,\)"),
+        (lambda: gg.autoguide(Labeled(2), 2.0), "`weak` must be used with labels from 0 to 1, or -1 for none; got 2"),
+        (lambda: gg.cfg(2.0) + gg.autoguide(Labeled(2), 2.0), "`weak`.*0 to 1.*got 2"),
+        (lambda: (gg.cfg(2.0), gg.reflect(Labeled(2))), "`weak`.*0 to 1.*got 2"),
+        (lambda: gg.autoguide(Labeled(4, keep=2), 2.0), r"`weak`.*keeps the shape \(3,\); got \(2,\)"),
+        (lambda: gg.cfg(2.0) + gg.perturbed(Labeled(4, keep=1), 2.0), r"`perturbed`.*\(3,\); got \(1,\)"),
+        (lambda: gg.gfcg(lambda x0: x0, 3.0, weak=Labeled(4, keep=1)), r"`weak`.*\(3,\); got \(1,\)"),
         (lambda: gg.gfcg(lambda x0: x0[:2], 3.0), "`cond` must be labels that the classifier.*0 to 1; got 2"),
-        (lambda: gg.reflect(Labelled(4, keep=2)), r"keeps the shape \(3,\); got \(2,\)"),
+        (lambda: gg.reflect(Labeled(4, keep=2)), r"keeps the shape \(3,\); got \(2,\)"),
     ],
 )
 def test_labels_and_networks_that_do_not_fit(guidance, says):

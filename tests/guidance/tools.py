@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import genkit as gk
-from genkit._core import Context
-from genkit._core._runner import Runner
+from genkit.sampling import Context
+from genkit.sampling._runner import Runner
 
 
 gd, gg = gk.diffusion, gk.guidance
@@ -26,7 +26,7 @@ def states(n=5, sigma=0.8):
     return jnp.asarray(rng.normal(size=(n, DIM)) * np.sqrt(1 + sigma**2)), jnp.arange(n) % CLASSES
 
 
-def predict(guidance, model=None, *, sigma=0.8, sigma_next=0.5, step=2, corrector=False, carry=None, plan="dynamic"):
+def predict(guidance, model=None, *, sigma=0.8, sigma_next=0.5, step=2, corrector=False, carry=None, skip="dynamic"):
     """One guided prediction of five examples: values, carry, reports, counts; compiled as in a draw."""
     model = mixture() if model is None else model
     x, cond = states(sigma=sigma)
@@ -35,17 +35,19 @@ def predict(guidance, model=None, *, sigma=0.8, sigma_next=0.5, step=2, correcto
     def run(guidance, model, carry):
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(jnp.arange(len(x)))
         level = lambda s: jnp.asarray(s, x.dtype)
-        place = (
+        ctx = Context(
+            x,
             level(sigma),
-            level(sigma),
-            level(sigma_next),
-            jnp.asarray(step),
-            jnp.asarray(8),
-            jnp.asarray(corrector),
+            sigma_start=level(sigma),
+            sigma_next=level(sigma_next),
+            step=jnp.asarray(step),
+            num_steps=jnp.asarray(8),
+            corrector=jnp.asarray(corrector),
+            cond=cond,
+            key=keys,
         )
-        ctx = Context(x, *place, cond, keys)
         carry = jax.vmap(guidance.init)(x) if carry is None else carry
-        return Runner(model, guidance, plan, False)(ctx, carry)
+        return Runner(model, guidance, skip, False)(ctx, carry)
 
     return run(guidance, model, carry)
 

@@ -244,3 +244,36 @@ def test_array_files_through_the_verbs(tmp_path):
     (tmp_path / "a.gk").write_bytes((tmp_path / "a.gk").read_bytes()[:-3])
     with pytest.raises(gk.CorruptFileError, match="it was cut short"):
         gk.load(tmp_path / "a.gk", like=tree)
+
+
+# Files of a run are bound to it
+
+
+def test_an_edited_copy_of_the_definition_is_run_only_when_trusted(write, tmp_path):
+    run = tmp_path / "run"
+    gk.fit(gk.load(write(RECIPE)), key=jax.random.key(0), run=run)
+    (run / "definition.py").write_text(RECIPE + "# mine\n")
+    with pytest.raises(DefinitionError, match="was edited since the training began"):
+        gk.load(run)
+    assert isinstance(gk.load(run, trust_edited=True), gk.Fitted)
+
+
+def test_a_comment_does_not_stop_a_run_from_being_resumed(write, tmp_path):
+    run = tmp_path / "run"
+    whole = gk.fit(gk.load(write(RECIPE)), key=jax.random.key(0))
+    gk.fit(gk.load(write(RECIPE)), key=jax.random.key(0), run=run, num_steps=10)
+    gk.fit(gk.load(write(RECIPE + "# a comment\n")), key=jax.random.key(0), run=run, resume=True)
+    assert same(gk.load(run).state, whole.state)
+    assert (run / "definition.py").read_text() == RECIPE
+    assert len(gk.storage.read_meta(run)["resumed"]) == 1
+
+
+def test_another_checkpoint_of_a_needed_run_is_refused(write, tmp_path):
+    gk.fit(gk.load(write(RECIPE)), key=jax.random.key(0), run=tmp_path / "teacher")
+    recipe = with_needs(load_definition(write(STUDENT, "student.py")), {"teacher": tmp_path / "teacher"})
+    gk.fit(recipe, key=jax.random.key(1), run=tmp_path / "student", num_steps=2)
+    gk.fit(gk.load(write(RECIPE)), key=jax.random.key(5), run=tmp_path / "other")
+    state = tmp_path / "student" / "needs" / "teacher" / "state.gk"
+    state.write_bytes((tmp_path / "other" / "state.gk").read_bytes())
+    with pytest.raises(gk.CorruptFileError, match="it is not the checkpoint that the run was trained with"):
+        gk.load(tmp_path / "student")

@@ -60,7 +60,7 @@ def test_a_grid_shows_each_pixel_where_it_belongs(tmp_path):
     assert last.min(0).tolist() == [top, left] and last.max(0).tolist() == [top + 3, left + 3]
 
 
-def test_colours_and_plain_images(tmp_path):
+def test_colors_and_plain_images(tmp_path):
     images = np.zeros((1, 3, 2, 2))
     images[0, 0] = 1.0
     plot_grid(tmp_path / "c.png", images, scale=1, limits=(0.0, 1.0))
@@ -127,7 +127,7 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypat
     def full(descriptor):
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr("genkit._core._files.os.fsync", full)
+    monkeypatch.setattr("genkit.storage._files.os.fsync", full)
     for write in (
         lambda: plot_grid(path, np.zeros((1, 4, 4))),
         lambda: plot_log(path, {"loss": np.ones(3)}),
@@ -136,3 +136,24 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypat
         with pytest.raises(gk.SaveError, match="No space left on device; the file that was there is intact"):
             write()
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_archives_come_back_as_what_was_saved(tmp_path):
+    """Without `like`: types, dtypes, nesting and what was None."""
+    draws = gk.Draws(jnp.arange(6.0).reshape(3, 2), jnp.full(3, 7), jnp.full(3, 5), {"scale": jnp.ones((3, 4), bool)})
+    gk.save(tmp_path / "draws.npz", draws)
+    loaded = gk.load(tmp_path / "draws.npz")
+    assert isinstance(loaded, gk.Draws) and jax.tree.structure(loaded) == jax.tree.structure(draws)
+    assert all(bool((a == b).all()) for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(draws), strict=True))
+    tree = {
+        "a": {"b.c": np.arange(3), "none": None},
+        "half": jnp.ones(2, jnp.bfloat16),
+        "n": 3,
+        "key": jax.random.key(1),
+    }
+    gk.save(tmp_path / "tree.npz", tree)
+    loaded = gk.load(tmp_path / "tree.npz")
+    assert loaded["a"]["b.c"].tolist() == [0, 1, 2] and loaded["a"]["none"] is None and loaded["n"] == 3
+    assert loaded["half"].dtype == jnp.bfloat16 and loaded["key"].dtype == tree["key"].dtype
+    np.savez(tmp_path / "foreign.npz", x=np.ones(2))
+    assert gk.load(tmp_path / "foreign.npz")["x"].tolist() == [1, 1]

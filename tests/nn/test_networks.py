@@ -62,8 +62,8 @@ def test_begins_at_zero_and_has_a_static_shape(name):
 @each
 def test_labels_and_their_absence(name):
     _, _, (batch, one, none, _) = evaluated(name)
-    labelled = np.asarray(batch[15:])
-    gaps = np.abs(labelled[:, None] - labelled[None]).max((-1, -2, -3)) + np.eye(4)
+    labeled = np.asarray(batch[15:])
+    gaps = np.abs(labeled[:, None] - labeled[None]).max((-1, -2, -3)) + np.eye(4)
     assert gaps.min() > 1e-2
     np.testing.assert_allclose(one, batch[-1], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(none, batch[-1], rtol=1e-4, atol=1e-5)
@@ -145,7 +145,7 @@ def test_wrong_sizes(make, words):
 
 
 def test_wrong_calls():
-    labelled = nn.MLP((2,), width=4, depth=1, num_labels=3, key=jr.key(0))
+    labeled = nn.MLP((2,), width=4, depth=1, num_labels=3, key=jr.key(0))
     vector = nn.MLP((2,), width=4, depth=1, cond_size=2, key=jr.key(0))
     bare = nn.MLP((2,), width=4, depth=1, key=jr.key(0))
     x, t = jnp.ones(2), jnp.array(0.1)
@@ -154,9 +154,9 @@ def test_wrong_calls():
     with pytest.raises(ValueError, match="`cond` must be None, because this network is unconditional"):
         bare(x, t, jnp.array(1))
     with pytest.raises(ValueError, match="`cond` must be one integer label"):
-        labelled(x, t, jnp.array(0.5))
+        labeled(x, t, jnp.array(0.5))
     with pytest.raises(ValueError, match="`cond` must be one integer label"):
-        labelled(x, t, jnp.array([0, 1]))
+        labeled(x, t, jnp.array([0, 1]))
     with pytest.raises(ValueError, match="`cond` must be a floating vector of length 2"):
         vector(x, t, jnp.ones(3))
     with pytest.raises(ValueError, match="`cond` must be a floating vector of length 2"):

@@ -84,7 +84,7 @@ def test_linear_guide_attains_the_evidence(name, step, substeps, bound, hursts):
         guide = gs.LinearGuide(sde, observed, steps_per_interval=substeps)
         kwargs = {"num_particles": 16, "steps_per_interval": substeps, "key": jax.random.key(1)}
         draws = gs.log_weights(sde, guide, observed, **kwargs)
-        assert float(draws.std()) < 1e-9  # every draw weighs the evidence of the discretised model
+        assert float(draws.std()) < 1e-9  # every draw weighs the evidence of the discretized model
         np.testing.assert_allclose(draws[0], guide.log_evidence, atol=1e-9)
         assert abs(float(draws.mean()) - float(gs.kalman(sde, observed))) < bound
 

@@ -190,7 +190,7 @@ def test_what_is_affine_does_not_depend_on_the_clock(horizon):
     )
 
 
-def test_a_path_that_cannot_be_linearised_along():
+def test_a_path_that_cannot_be_linearized_along():
     observed = gs.Observed(np.arange(1.0, 11.0), np.zeros(10), NOISE)
     with pytest.raises(gk.NonFiniteError, match=r"blew up in step \d+ .* state before it"):
         gs.LinearGuide(model(lambda t, x: x**3, 1.0, 10.0, 1.0), observed)

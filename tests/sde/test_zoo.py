@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import genkit as gk
-import genkit.io._sde_plots
+from genkit.io._plots import _processes
 
 
 ROOT = Path(__file__).parents[2]
@@ -135,7 +135,7 @@ def test_pictures_of_weighted_paths(tmp_path):
     rng, ts = np.random.default_rng(0), np.arange(5.0)
     x = np.cumsum(rng.normal(size=(20, 5)), axis=1)
     twice, log_weight = np.concatenate([x, x + 100]), np.concatenate([np.zeros(20), np.full(20, -1e3)])
-    indices = genkit.io._sde_plots._representatives(log_weight, 40)
+    indices = _processes._representatives(log_weight, 40)
     assert sorted(indices) == sorted([*range(20)] * 2)
     gk.io.plot_paths(tmp_path / "weighted.png", ts, twice, log_weight=log_weight)
     assert matplotlib.image.imread(tmp_path / "weighted.png")[..., :3].std() > 0.01

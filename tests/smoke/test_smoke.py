@@ -75,3 +75,50 @@ def test_legacy_keys_are_refused():
     sampler = gk.diffusion.heun(gk.diffusion.karras(8, 0.01, 10.0))
     with pytest.raises(Exception, match=r"key"):
         gk.sample(sampler, denoiser, 4, key=jax.random.PRNGKey(0))
+
+
+# One file each of what users add, from public names alone; docs/extending.md shows them.
+EXTENDING = Path(__file__).parent / "extending"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a run of the denoiser of one's own."""
+    folder = tmp_path_factory.mktemp("extending")
+    done = run("train", EXTENDING / "denoiser.py", "--out", "run", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_every_extension_is_short_and_tried():
+    names = {path.stem for path in EXTENDING.glob("*.py")}
+    assert names == {"denoiser", *RECIPES, *SAMPLERS, *SCRIPTS}
+    assert all(len(path.read_text().splitlines()) <= 40 for path in EXTENDING.glob("*.py"))
+
+
+RECIPES = ["objective", "schedule"]
+SAMPLERS = ["sampler", "guidance", "prediction_transform", "step_transform", "population"]
+SCRIPTS = ["divergence", "strategy", "guide_family"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_of_ones_own_train(name, tmp_path):
+    done = run("train", EXTENDING / f"{name}.py", "--out", "run", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith("20 steps done"), done.stderr
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samplers_of_ones_own_draw(name, trained):
+    sampler = EXTENDING / f"{name}.py"
+    done = run("sample", "run", "--sampler", sampler, "-n", 64, "--cond", 1, "--out", name, cwd=trained)
+    assert done.returncode == 0, done.stderr
+    mean = np.load(trained / name / "draws.npz")["value"].mean(axis=0)
+    # The second normal has mean 2; guidance and selection push further, and no draw may end among the first.
+    assert np.all(mean > 1.4) and np.all(mean < 6.0)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_of_ones_own_hold_what_they_assert(name, tmp_path):
+    command = [sys.executable, str(EXTENDING / f"{name}.py")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=240)
+    assert done.returncode == 0, done.stderr

@@ -126,3 +126,122 @@ def test_python_branches_fall_back_to_program_order():
 
     value = vi.E(bound(lambda: chain(2), guide))(T[:2], key=jax.random.key(0))
     assert np.isfinite(value)
+
+
+# --- lanes that mix -------------------------------------------------------------------------------------------------
+
+
+W = np.array([1.0, 2.0])
+MIXERS = {
+    "apart": lambda z: z * W,
+    "table": lambda z: jnp.array([0.3, -0.7])[z] * W,
+    "reversed": lambda z: z[::-1] * W,
+    "centered": lambda z: z - z.mean(),
+    "cumulative": lambda z: jnp.cumsum(z) * W,
+    "neighbors": lambda z: z + jnp.roll(z, 1) * 0.5,
+    "matrix": lambda z: jnp.array([[0.3, 1.0], [-0.5, 0.2]]) @ z,
+}
+
+
+def mixing(mixer):
+    def model():
+        with numpyro.plate("n", 2):
+            z = numpyro.sample("z", dist.Bernoulli(0.3))
+            numpyro.sample("y", dist.Normal(MIXERS[mixer](z), 1.0), obs=Y[:2])
+
+    return model
+
+
+def coins(grad):
+    def guide(t):
+        with numpyro.plate("n", 2):
+            vi.sample("z", dist.Bernoulli(logits=t), grad=grad)
+
+    return guide
+
+
+def gradients(fn, t=T[:2]):
+    return jax.jit(jax.value_and_grad(vi.exact(fn)))(t)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_members_of_a_plate_that_mix_keep_their_scores(mixer):
+    """The model may reverse, center or sum up the members of a plate; the mean gradient is that of enumeration."""
+    want = gradients(bound(mixing(mixer), coins(None)))
+    got = gradients(bound(mixing(mixer), coins(vi.Score())))
+    np.testing.assert_allclose(got[0], want[0], atol=1e-12)
+    np.testing.assert_allclose(got[1], want[1], atol=1e-12)
+
+
+def test_members_that_mix_on_the_way_through_another_draw():
+    def model():
+        with numpyro.plate("n", 2):
+            numpyro.sample("z", dist.Bernoulli(0.3))
+            b = numpyro.sample("b", dist.Bernoulli(0.6))
+            numpyro.sample("y", dist.Normal(b * W, 1.0), obs=Y[:2])
+
+    def guide(grad):
+        def draws(t):
+            with numpyro.plate("n", 2):
+                z = vi.sample("z", dist.Bernoulli(logits=t), grad=grad)
+                vi.sample("b", dist.Bernoulli(logits=t + 2.0 * z[::-1]), grad=grad)
+
+        return draws
+
+    want = gradients(bound(model, guide(None)))
+    got = gradients(bound(model, guide(vi.Score())))
+    np.testing.assert_allclose(got[1], want[1], atol=1e-12)
+
+
+def test_members_apart_still_meet_their_own_costs_only():
+    """Nothing mixes: the gradient of one coin does not move with the draw of the other."""
+    fn = bound(mixing("table"), coins(vi.Score()))
+    draws = gradient_draws(fn, T[:2], 64)
+    assert len(np.unique(draws[:, 0].round(10))) == 2
+
+
+# --- linear uses ------------------------------------------------------------------------------------------------------
+
+
+def test_linear_uses_of_a_bound_keep_their_dropped_costs():
+    t = T[:3]
+    model, guide = lambda: chain(3), independent(vi.Score())
+    plain = bound(model, guide)
+    once = gradient_draws(plain, t, 16)
+    rows = {
+        "negative": (lambda t: -plain(t), -once),
+        "shifted": (lambda t: plain(t) + 0.0, once),
+        "scaled": (lambda t: 3.0 * plain(t) / 2.0, 1.5 * once),
+    }
+    for name, (fn, want) in rows.items():
+        np.testing.assert_allclose(gradient_draws(fn, t, 16), want, atol=1e-10, err_msg=name)
+    all_costs = gradient_draws(bound(model, guide, False), t, 16)
+    assert not np.allclose(once, all_costs)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda value, t: value**2,
+        lambda value, t: t[0] * value + jnp.sum(t**2),
+        lambda value, t: value * vi.sample("c", dist.Bernoulli(logits=t[1]), grad=vi.Score()),
+    ],
+)
+def test_any_use_of_a_bound_is_unbiased(use):
+    """Squared, with a coefficient that is trained, or with one that is drawn."""
+    t = T[:2]
+    want = gradients(lambda t: use(bound(lambda: chain(2), independent(vi.Enum()))(t), t), t)
+    got = gradients(lambda t: use(bound(lambda: chain(2), independent(vi.Score()))(t), t), t)
+    np.testing.assert_allclose(got[0], want[0], atol=1e-12)
+    np.testing.assert_allclose(got[1], want[1], atol=1e-12)
+
+
+def test_sums_of_two_bounds_are_unbiased():
+    t = T[:2]
+
+    def fn(grad):
+        half = bound(lambda: chain(2), independent(grad))
+        return lambda t: half(t) + 2.0 * bound(mixing("reversed"), coins(grad))(t)
+
+    want, got = gradients(fn(vi.Enum()), t), gradients(fn(vi.Score()), t)
+    np.testing.assert_allclose(got[1], want[1], atol=1e-12)

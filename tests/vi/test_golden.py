@@ -8,7 +8,7 @@ import pytest
 from vi_golden import T, g1_exact, g1_guide, g1_model
 
 from genkit import vi
-from genkit.vi import MVD, RLOO, DisARM, Enum, Importance, Lanes, Score
+from genkit.vi import MVD, RLOO, DisARM, Enum, Importance, LocalExpectation, Score
 
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -57,7 +57,7 @@ MIXES = [
     slow(Enum(), Score()),
     slow(RLOO(2), Enum()),
     slow(RLOO(3), Score()),
-    slow(Lanes(), Score()),
+    slow(LocalExpectation(), Score()),
     (MVD(), MVD()),
     (DisARM(), Enum()),
     slow(Score(1.5), MVD()),
@@ -155,7 +155,9 @@ def flips(strategy, length):
     return fn
 
 
-@pytest.mark.parametrize("strategy", [Score(), slow(RLOO(2)), slow(Lanes()), MVD(), slow(Enum()), slow(None)])
+@pytest.mark.parametrize(
+    "strategy", [Score(), slow(RLOO(2)), slow(LocalExpectation()), MVD(), slow(Enum()), slow(None)]
+)
 def test_scan_is_exact_for_every_strategy(strategy):
     n, p = 3, 0.3
     value, slope = jax.jit(jax.value_and_grad(vi.exact(flips(strategy, n))))(p)
@@ -179,7 +181,7 @@ def test_scan_with_dependent_steps_is_exact():
         return program
 
     want = jax.jit(jax.value_and_grad(vi.exact(fn(Score()))))(0.3)
-    for strategy in (Lanes(), MVD()):
+    for strategy in (LocalExpectation(), MVD()):
         assert_same(jax.jit(jax.value_and_grad(vi.exact(fn(strategy))))(0.3), want)
 
 
@@ -190,7 +192,7 @@ def test_unrolled_hessian():
     assert jnp.allclose(jax.jit(jax.hessian(lambda p: vi.E(fn)(p, key=jax.random.key(0))))(0.3), 24.0, atol=1e-12)
 
 
-@pytest.mark.parametrize("strategy", [slow(Score()), slow(Lanes()), MVD(), slow(RLOO(2))])
+@pytest.mark.parametrize("strategy", [slow(Score()), slow(LocalExpectation()), MVD(), slow(RLOO(2))])
 def test_vmap_lanes_are_exact(strategy):
     def fn(p):
         draws = vi.vmap(lambda w: w * vi.sample("b", dist.Bernoulli(p * w), grad=strategy))(jnp.array([0.5, 0.8]))
@@ -204,7 +206,7 @@ def test_vmap_lanes_are_exact(strategy):
     assert_same(jax.jit(jax.value_and_grad(vi.exact(fn)))(0.6), jax.value_and_grad(truth)(0.6))
 
 
-@pytest.mark.parametrize("strategy", [Score(), slow(Lanes()), slow(RLOO(2))])
+@pytest.mark.parametrize("strategy", [Score(), slow(LocalExpectation()), slow(RLOO(2))])
 def test_branches_are_exact(strategy):
     def fn(p):
         b = vi.sample("b", dist.Bernoulli(p), grad=Enum())
@@ -231,7 +233,7 @@ def z_scores(fn, point, truth, n):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("strategy", "n"), [(Score(), 100_000), (MVD(), 100_000), (Lanes(), 100_000), (RLOO(2), 100_000)]
+    ("strategy", "n"), [(Score(), 100_000), (MVD(), 100_000), (LocalExpectation(), 100_000), (RLOO(2), 100_000)]
 )
 def test_scan_of_four_flips_by_draws(strategy, n):
     assert max(map(abs, z_scores(flips(strategy, 4), 0.3, (2.28, 11.2), n))) < 4

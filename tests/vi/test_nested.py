@@ -183,7 +183,7 @@ def chain_smc(size):
 
 
 @pytest.mark.slow
-def test_smc_evidence_is_unbiased_and_density_normalised():
+def test_smc_evidence_is_unbiased_and_density_normalized():
     target, measure = chain_smc(2)
     states = [{"z0": jnp.array(i), "z1": jnp.array(j)} for i in (0, 1) for j in (0, 1)]
     evidence = sum(jnp.exp(target.log_density(s)) for s in states)

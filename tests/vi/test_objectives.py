@@ -75,7 +75,7 @@ def test_upper_bound_by_its_unbiased_exponential():
 
 
 def test_model_phase_of_wake_sleep():
-    """p-wake: the self-normalised estimate of the posterior mean of the model's score, by enumeration."""
+    """p-wake: the self-normalized estimate of the posterior mean of the model's score, by enumeration."""
 
     def model(s):
         a = numpyro.sample("a", dist.Bernoulli(logits=s[0]))
@@ -174,7 +174,7 @@ def test_sticking_the_landing_has_no_noise_at_the_posterior():
 
 
 @pytest.mark.slow
-def test_doubly_reparametrised_bound():
+def test_doubly_reparametrized_bound():
     """The gradient of the two-particle bound, with half the standard deviation of the pathwise one."""
     slopes = {}
     for estimator in ("pathwise", "dreg"):

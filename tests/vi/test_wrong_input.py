@@ -57,20 +57,20 @@ def test_supports_must_match():
     [
         (dist.Normal(0.0, 1.0), vi.Enum()),
         (dist.Bernoulli(0.5), vi.Reparam()),
-        (dist.Poisson(1.0), vi.Lanes()),
+        (dist.Poisson(1.0), vi.LocalExpectation()),
         (dist.Categorical(jnp.ones(3) / 3), vi.DisARM()),
         (dist.Beta(1.0, 1.0), vi.MVD()),
         (dist.Poisson(1.0), vi.Implicit()),
     ],
 )
 def test_strategy_that_cannot_serve(law, grad):
-    with pytest.raises(ValueError, match=f"suit the law.*{type(grad).__name__}"):
+    with pytest.raises(ValueError, match=f"suit the distribution.*{type(grad).__name__}"):
         run(lambda: jnp.sum(vi.sample("x", law, grad=grad)) * 1.0)
 
 
 def test_enumeration_cap_names_the_ways_out():
     law = dist.Bernoulli(0.5).expand([20])
-    with pytest.raises(ValueError, match=r"1048576.*Lanes.*inner `E`.*RLOO"):
+    with pytest.raises(ValueError, match=r"1048576.*LocalExpectation.*inner `E`.*RLOO"):
         run(lambda: jnp.sum(vi.sample("x", law, grad=vi.Enum())) * 1.0)
 
 
@@ -136,7 +136,7 @@ def test_fits_that_leave_the_finite_numbers_name_the_site():
     def model():
         numpyro.factor("bad", jnp.log(-1.0 - fine() ** 2))
 
-    for guide in ("meanfield", vi.mean_field(fine)):  # found at the start, and after training has failed
+    for guide in ("mean_field", vi.mean_field(fine)):  # found at the start, and after training has failed
         with pytest.raises(NonFiniteError, match="'bad'"):
             infer(Problem(model), vi.Fit(guide, num_steps=5, num_samples=5), key=new_key())
 

@@ -68,7 +68,7 @@ def test_models_run_unchanged(name):
     """The Nile's withheld years have an improper prior, from which no automatic guide can start by drawing."""
     problem = gk.load(MODELS / f"{name}.py")
     run_chains(problem)
-    run_bounds(problem, "meanfield")
+    run_bounds(problem, "mean_field")
 
 
 @pytest.mark.slow

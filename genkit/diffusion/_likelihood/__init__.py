@@ -1,0 +1,1 @@
+"""Densities under the probability flow."""

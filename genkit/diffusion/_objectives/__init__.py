@@ -1,0 +1,1 @@
+"""Objectives that train denoisers and scores."""

@@ -1,0 +1,1 @@
+"""Samplers of diffusion models: tables, Langevin correction, the probability flow."""

@@ -1,0 +1,1 @@
+"""Pictures, drawn without touching the user's matplotlib: no pyplot, no global state, no display."""

@@ -1,0 +1,1 @@
+"""Automatic guides and the seam to numpyro's."""

@@ -1,0 +1,1 @@
+"""Programs, the boundary `E`, and control flow that may hold sites."""

@@ -1,0 +1,1 @@
+"""State of one run below the strategies: frames, records, enumeration, and facts about distributions."""

@@ -1,0 +1,1 @@
+"""Gradient strategies for sample sites."""
