@@ -179,8 +179,8 @@ def _interval(lo: float, hi: float, open_lo: bool, open_hi: bool) -> str:
     """An interval in words: "positive", "non-negative" or "in [lo, hi)"."""
     if hi == np.inf and lo == 0:
         return "positive" if open_lo else "non-negative"
-    left = "[("[open_lo or lo == -np.inf]
-    right = "])"[open_hi or hi == np.inf]
+    left = "[("[bool(open_lo or lo == -np.inf)]
+    right = "])"[bool(open_hi or hi == np.inf)]
     return f"in {left}{lo}, {hi}{right}"
 
 
