@@ -22,7 +22,7 @@ import pytest
 # Python 3.11 is served by ArviZ 0.x and by the last JAX that supports it; neither gets fixes any more. Each line says
 # who warns. From 3.12 on nothing is exempt.
 EXCEPTIONS_ON_3_11 = [
-    "ignore:.*ArviZ is undergoing a major refactor:FutureWarning",  # arviz 0.23 at import
+    "ignore:\\s*ArviZ is undergoing a major refactor:FutureWarning",  # arviz 0.23 at its first import of a day
     "ignore::matplotlib.MatplotlibDeprecationWarning:arviz",  # arviz 0.23's plots under matplotlib 3.11
 ]
 

@@ -55,6 +55,7 @@ def public_modules() -> set[type]:
         if not name.startswith("_") and inspect.isclass(v := getattr(space, name))
     }
     ours = {cls for cls in found if issubclass(cls, eqx.Module) and cls.__module__.startswith("genkit.")}
+    ours = {cls for cls in ours if not cls.__name__.startswith("Abstract")}  # some have defaults for everything
     return {cls for cls in ours if not inspect.isabstract(cls) and not getattr(cls, "__abstractvars__", ())}
 
 

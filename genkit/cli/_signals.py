@@ -50,7 +50,14 @@ def listen(command: str) -> Iterator[Stop]:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     old_wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    old_terminate = signal.signal(signal.SIGTERM, _as_interrupt)
+
+    def terminate(number: int, frame: object) -> None:
+        """Handle SIGTERM as a Ctrl-C, so that a training saves before it ends."""
+        # Set here as well as by the watcher, which may not have run yet when the training is over.
+        stop.is_termination = True
+        signal.raise_signal(signal.SIGINT)
+
+    old_terminate = signal.signal(signal.SIGTERM, terminate)
     watcher = threading.Thread(target=_watch, args=(stop, reader, finished), daemon=True)
     watcher.start()
     try:
@@ -62,11 +69,6 @@ def listen(command: str) -> Iterator[Stop]:
         # The end of the pipe ends the watcher, which closes the other side.
         os.close(writer)
         watcher.join()
-
-
-def _as_interrupt(number: int, frame: object) -> None:
-    """Handle SIGTERM as a Ctrl-C, so that a training saves before it ends."""
-    signal.raise_signal(signal.SIGINT)
 
 
 def _watch(stop: Stop, reader: int, finished: threading.Event) -> None:

@@ -107,7 +107,7 @@ def test_memory_of_potentials_and_their_gradient_does_not_grow_with_the_pairs():
 
 
 def test_conjugate_gradients_give_the_derivative_of_the_direct_solve(monkeypatch, x64):
-    from genkit.divergence import _entropic_transport
+    from genkit.divergence import _transport_value
 
     x, y = (jnp.asarray(points) for points in clouds(12, 2))
 
@@ -120,7 +120,7 @@ def test_conjugate_gradients_give_the_derivative_of_the_direct_solve(monkeypatch
         return found
 
     direct = gradients()
-    monkeypatch.setattr(_entropic_transport, "_FEW_PAIRS", 0)
+    monkeypatch.setattr(_transport_value, "_FEW_PAIRS", 0)
     for one, other in zip(direct, gradients(), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-8, atol=1e-12)
     jax.clear_caches()

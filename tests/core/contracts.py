@@ -63,6 +63,7 @@ CASES = [
     Case("Phase", lambda: gk.Phase(loss, optimizer)),
     Case("Recipe", recipe),
     Case("Problem", lambda: gk.Problem(eight_schools, (jnp.zeros(3),))),
+    Case("TracedProblem", lambda: gk.inference.TracedProblem(gk.Problem(eight_schools, (jnp.zeros(3),)))),
     Case("Fitted", fitted),
     Case("Draws", lambda: gk.sample(gk.diffusion.ddim(grid()), linear, 3, shape=(2,), key=jr.key(0))),
     Case("Table", lambda: gk.diffusion.heun(grid()), draw),
