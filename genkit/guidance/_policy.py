@@ -217,5 +217,6 @@ def _no_data(key: Key[Array, ""]) -> None:
     """The data of a search, whose draws are the same throughout."""
 
 
-def _updates_of(model: RelaxedPolicy) -> Int[Array, ""]:
+def _updates_of(model: RelaxedPolicy) -> PyTree:
+    # `model_updates` asks this of a model without arrays, too.
     return model.updates
