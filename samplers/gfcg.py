@@ -31,7 +31,9 @@ def discriminant(images, labels):
     x = np.asarray(images, np.float64).reshape(len(images), -1)
     means = np.stack([x[labels == k].mean(axis=0) for k in range(10)])
     cov = np.cov((x - means[labels]).T)
+    # Pixels that are blank in all images make the covariance singular.
     cov = 0.9 * cov + 0.1 * np.trace(cov) / len(cov) * np.eye(len(cov))
+    # The log-density of class k is x' S^-1 m_k - m_k' S^-1 m_k / 2, up to what all classes share.
     weights = np.linalg.solve(cov, means.T).T
     return Discriminant(jnp.asarray(weights), jnp.asarray(-0.5 * np.sum(weights * means, axis=1)))
 
@@ -41,5 +43,6 @@ classifier = discriminant(digits.x_train, digits.y_train)
 sampler = gk.Sampler(
     gk.diffusion.heun(gk.diffusion.karras(18, 0.002, 80.0)),
     guidance=gk.guidance.interval(gk.guidance.gfcg(classifier, 4.0, skip_below=0.05), 0.0, 2.0),
+    # Draws are confused one by one: those that are get batches of their own.
     skip="compact",
 )

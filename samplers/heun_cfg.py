@@ -12,5 +12,6 @@ import genkit as gk
 
 sampler = gk.Sampler(
     gk.diffusion.heun(gk.diffusion.karras(18, 0.002, 80.0)),
+    # At higher noise guidance costs diversity, at lower noise it changes nothing.
     guidance=gk.guidance.interval(gk.guidance.cfg(1.5), 0.05, 5.0),
 )

@@ -21,5 +21,6 @@ variances = np.stack([group.var(axis=0) for group in groups]) + 0.01
 weak = gk.diffusion.MixtureDenoiser(jnp.ones(10), means, variances, labels=np.arange(10))
 sampler = gk.Sampler(
     gk.diffusion.heun(gk.diffusion.karras(18, 0.002, 80.0)),
+    # Reflection acts best near the noise end: steps that start lower are left alone.
     guidance=gk.guidance.reflect(weak, sigma_lo=1.0),
 )

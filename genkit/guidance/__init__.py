@@ -27,9 +27,7 @@ from genkit.guidance._linear_ag_fit import LinearSampler as LinearSampler, fit_l
 from genkit.guidance._perpneg import perpneg as perpneg
 from genkit.guidance._policy import PolicyFit as PolicyFit, search_policy as search_policy
 from genkit.guidance._posts import (
-    DynamicThreshold as DynamicThreshold,
     NormCap as NormCap,
-    Rescale as Rescale,
     dynamic_threshold as dynamic_threshold,
     rescale as rescale,
 )

@@ -1,16 +1,16 @@
 """Adaptive guidance: stop guiding a draw once its two predictions agree."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, ArrayLike, Float, PyTree
 
-from genkit._core._checks import check, check_choice, check_interval, describe
+from genkit._core._checks import check_choice, check_interval, fail
 from genkit._core._fields import as_number
-from genkit.guidance._gates import harmless
+from genkit.guidance._switch import check_guidance, combine_where_on, needs_where_on
+from genkit.guidance._types import Combined, Needs
 from genkit.guidance._vectors import cosine
 from genkit.sampling import Context, Guidance, Prediction, Slot
 
@@ -25,48 +25,48 @@ class Adaptive(Guidance):
 
     def __check_init__(self) -> None:
         """Refuse guidances with nothing to compare, and unknown spaces."""
-        if not isinstance(self.guidance, Guidance):
-            raise TypeError(f"`guidance` must be a genkit guidance; got {describe(self.guidance)}.")
+        check_guidance(self.guidance)
         names = [slot.name for slot in self.guidance.slots()]
-        check(len(names) > 1, "guidance", "one that compares two predictions", f"the slots {names}")
+        if len(names) < 2:
+            fail("guidance", "one that compares two predictions", f"the slots {names}")
         check_choice("space", self.space, ("x0", "eps"))
         check_interval("threshold", self.threshold, -1)
 
     def slots(self) -> tuple[Slot, ...]:
-        """Those of the guidance."""
         return self.guidance.slots()
 
-    def init(self, x: Float[Array, " *shape"]) -> Any:
-        """Neither armed nor latched, beside the carry of the guidance."""
+    def init(self, x: Float[Array, " *shape"]) -> PyTree[Array]:
+        # `armed` once the predictions have disagreed, `latched` once they then agree.
         armed = jnp.asarray(not self.hysteresis)
         return {"inner": self.guidance.init(x), "armed": armed, "latched": jnp.asarray(False)}
 
-    def needs(self, carry: Any, ctx: Context) -> Mapping[str, bool | Bool[Array, ""]]:
-        """What the guidance needs before the latch, the plain prediction after it."""
-        guided, plain = ~carry["latched"], self.slots()[0].name
-        needs = {name: guided & need for name, need in self.guidance.needs(carry["inner"], ctx).items()}
-        return needs | {plain: needs.get(plain, False) | ~guided}
+    def needs(self, carry: PyTree, ctx: Context) -> Needs:
+        return needs_where_on(~carry["latched"], self.guidance, carry["inner"], ctx)
 
-    def combine(
-        self, preds: Mapping[str, Prediction], ctx: Context, carry: Any
-    ) -> tuple[Float[Array, " *shape"], Any, dict[str, Array]]:
-        """Combine before the latch, and compare."""
-        first, second = (preds[slot.name] for slot in self.slots()[:2])
+    def combine(self, preds: Mapping[str, Prediction], ctx: Context, carry: PyTree) -> Combined:
         guided = ~carry["latched"]
-        x0, new, aux = self.guidance.combine(harmless(preds, first, guided), ctx, carry["inner"])
-        inner = jax.tree.map(lambda old, fresh: jnp.where(guided, fresh, old), carry["inner"], new)
-        seen = guided & first.present & second.present
-        # The common factor 1 / sigma of eps does not change a cosine.
-        a, b = (p.x0 if self.space == "x0" else ctx.x - p.x0 for p in (first, second))
-        # In bfloat16 and less a cosine near 1 has no digits left: `cosine` works in float32 at least.
-        similar = jax.lax.stop_gradient(cosine(a, b))
-        agree = similar >= self.threshold
+        x0, inner, reports = combine_where_on(guided, self.guidance, preds, ctx, carry["inner"])
+        first, second = (preds[slot.name] for slot in self.slots()[:2])
+        compared = guided & first.present & second.present
+        # No gradient: the comparison decides, and does not enter the draw.
+        similarity = jax.lax.stop_gradient(self._similarity(first.x0, second.x0, ctx))
+        agree = similarity >= self.threshold
         # Predictions agree at high noise too, those of noise always and those of data where a network never learned
         # better: it takes a disagreement first.
-        latched = carry["latched"] | (seen & carry["armed"] & agree)
-        armed = carry["armed"] | (seen & ~agree)
-        report = {"similarity": jnp.where(seen, similar, jnp.nan), "latched": latched}
-        return jnp.where(guided, x0, first.x0), {"inner": inner, "armed": armed, "latched": latched}, aux | report
+        latched = carry["latched"] | (compared & carry["armed"] & agree)
+        armed = carry["armed"] | (compared & ~agree)
+        reports |= {"similarity": jnp.where(compared, similarity, jnp.nan), "latched": latched}
+        return x0, {"inner": inner, "armed": armed, "latched": latched}, reports
+
+    def _similarity(
+        self, first: Float[Array, " *shape"], second: Float[Array, " *shape"], ctx: Context
+    ) -> Float[Array, ""]:
+        """Cosine of the angle between two predictions, of the data or of the noise."""
+        # In bfloat16 and less a cosine near 1 has no digits left: `cosine` works in float32 at least.
+        if self.space == "x0":
+            return cosine(first, second)
+        # eps = (x - D) / sigma, and the common factor does not change a cosine.
+        return cosine(ctx.x - first, ctx.x - second)
 
 
 def adaptive(
@@ -92,7 +92,7 @@ def adaptive(
         A guidance. `Draws.info` holds `similarity` (NaN where not compared) and `latched` per row.
 
     Raises:
-        TypeError: if `guidance` is none.
+        TypeError: if `guidance` is no guidance.
         ValueError: if it has one slot only, the space is unknown or the threshold below -1.
 
     Example:

@@ -1,17 +1,17 @@
 """Guidance along a direction that is changed before it is applied: adaptive projected guidance and its relatives."""
 
 import abc
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from genkit._core._checks import check, check_finite, check_interval
 from genkit._core._fields import as_number
-from genkit.guidance._vectors import inner, norm, shrink
+from genkit.guidance._switch import select
+from genkit.guidance._types import Combined, Needs
+from genkit.guidance._vectors import inner, norm, ratio, shrink
 from genkit.guidance._weights import AbstractWeight, Scale, as_weight
 from genkit.sampling import Context, Guidance, Prediction, Slot
 
@@ -19,18 +19,22 @@ from genkit.sampling import Context, Guidance, Prediction, Slot
 class AbstractDirectionMap(eqx.Module):
     """A change of the guidance direction, for ONE example; a pipe of these makes a `Direction`."""
 
-    @abc.abstractmethod
-    def init(self, x: Float[Array, " *shape"]) -> Any:
-        """The carry before the first step, `None` for the stateless.
+    def init(self, x: Float[Array, " *shape"]) -> PyTree[Array]:
+        """Make the carry before the first step; by default there is none.
 
         Args:
             x: the initial noisy example.
         """
+        return None
 
     @abc.abstractmethod
     def __call__(
-        self, g: Float[Array, " *shape"], base: Float[Array, " *shape"], reference: Float[Array, " *shape"], carry: Any
-    ) -> tuple[Float[Array, " *shape"], Any]:
+        self,
+        g: Float[Array, " *shape"],
+        base: Float[Array, " *shape"],
+        reference: Float[Array, " *shape"],
+        carry: PyTree,
+    ) -> tuple[Float[Array, " *shape"], PyTree]:
         """Change the direction.
 
         Args:
@@ -69,13 +73,16 @@ class Momentum(AbstractDirectionMap):
         check_interval("momentum", self.beta, -1, 1, open_lo=True, open_hi=True)
 
     def init(self, x: Float[Array, " *shape"]) -> Float[Array, " *shape"]:
-        """Nothing accumulated."""
         return jnp.zeros_like(x)
 
     def __call__(
-        self, g: Float[Array, " *shape"], base: Float[Array, " *shape"], reference: Float[Array, " *shape"], carry: Any
-    ) -> tuple[Float[Array, " *shape"], Any]:
-        """Accumulate."""
+        self,
+        g: Float[Array, " *shape"],
+        base: Float[Array, " *shape"],
+        reference: Float[Array, " *shape"],
+        carry: PyTree,
+    ) -> tuple[Float[Array, " *shape"], PyTree]:
+        # A sum and not an average, as published: with beta < 0 it damps what the steps have in common.
         total = g + self.beta.astype(g.dtype) * carry
         return total, total
 
@@ -105,17 +112,24 @@ class ClipNorm(AbstractDirectionMap):
 
     def __check_init__(self) -> None:
         """Refuse thresholds that are not positive."""
-        check_interval("norm_rms" if self.rms else "norm_threshold", self.threshold, 0, open_lo=True)
-
-    def init(self, x: Float[Array, " *shape"]) -> None:
-        """No carry."""
-        return
+        # Named as the arguments of `apg`, which makes most of these.
+        name = "norm_threshold"
+        if self.rms:
+            name = "norm_rms"
+        check_interval(name, self.threshold, 0, open_lo=True)
 
     def __call__(
-        self, g: Float[Array, " *shape"], base: Float[Array, " *shape"], reference: Float[Array, " *shape"], carry: Any
-    ) -> tuple[Float[Array, " *shape"], Any]:
-        """Shorten."""
-        return shrink(g, self.threshold * (g.size**0.5 if self.rms else 1.0)), carry
+        self,
+        g: Float[Array, " *shape"],
+        base: Float[Array, " *shape"],
+        reference: Float[Array, " *shape"],
+        carry: PyTree,
+    ) -> tuple[Float[Array, " *shape"], PyTree]:
+        radius = self.threshold
+        if self.rms:
+            # A root mean square of r is a Euclidean norm of r times the root of the number of entries.
+            radius = radius * g.size**0.5
+        return shrink(g, radius), carry
 
 
 class Project(AbstractDirectionMap):
@@ -142,16 +156,15 @@ class Project(AbstractDirectionMap):
         """Refuse NaN."""
         check_finite("eta", self.eta)
 
-    def init(self, x: Float[Array, " *shape"]) -> None:
-        """No carry."""
-        return
-
     def __call__(
-        self, g: Float[Array, " *shape"], base: Float[Array, " *shape"], reference: Float[Array, " *shape"], carry: Any
-    ) -> tuple[Float[Array, " *shape"], Any]:
-        """Project."""
-        square = inner(base, base)
-        share = jnp.where(square > 0, inner(g, base) / jnp.where(square > 0, square, 1), 0)
+        self,
+        g: Float[Array, " *shape"],
+        base: Float[Array, " *shape"],
+        reference: Float[Array, " *shape"],
+        carry: PyTree,
+    ) -> tuple[Float[Array, " *shape"], PyTree]:
+        # The part along the base is <g, base> / <base, base> times the base; a base of zero has no direction.
+        share = ratio(inner(g, base), inner(base, base), 0)
         return g - (1 - self.eta).astype(g.dtype) * share.astype(g.dtype) * base, carry
 
 
@@ -178,17 +191,24 @@ class ExponentialDamping(AbstractDirectionMap):
         """Refuse negative damping."""
         check_interval("alpha", self.alpha, 0)
 
-    def init(self, x: Float[Array, " *shape"]) -> None:
-        """No carry."""
-        return
-
     def __call__(
-        self, g: Float[Array, " *shape"], base: Float[Array, " *shape"], reference: Float[Array, " *shape"], carry: Any
-    ) -> tuple[Float[Array, " *shape"], Any]:
-        """Damp."""
-        size = norm(reference)
-        ratio = jnp.where(size > 0, norm(g) / jnp.where(size > 0, size, 1), jnp.inf)
-        return g * jnp.exp(-self.alpha * jnp.minimum(ratio, jnp.finfo(ratio.dtype).max)).astype(g.dtype), carry
+        self,
+        g: Float[Array, " *shape"],
+        base: Float[Array, " *shape"],
+        reference: Float[Array, " *shape"],
+        carry: PyTree,
+    ) -> tuple[Float[Array, " *shape"], PyTree]:
+        size = ratio(norm(g), norm(reference), jnp.inf)
+        # At alpha = 0 nothing is damped, and 0 times infinity would be NaN: beside a reference of zero the largest
+        # number stands for infinity.
+        size = jnp.minimum(size, jnp.finfo(size.dtype).max)
+        return g * jnp.exp(-self.alpha * size).astype(g.dtype), carry
+
+
+def _as_maps(maps: AbstractDirectionMap | Sequence[AbstractDirectionMap]) -> tuple[AbstractDirectionMap, ...]:
+    if isinstance(maps, AbstractDirectionMap):
+        return (maps,)
+    return tuple(maps)
 
 
 class Direction(Guidance):
@@ -209,32 +229,30 @@ class Direction(Guidance):
     """
 
     reference: Slot
-    maps: tuple[AbstractDirectionMap, ...] = eqx.field(converter=lambda m: (m,) if callable(m) else tuple(m))
+    maps: tuple[AbstractDirectionMap, ...] = eqx.field(converter=_as_maps)
     scale: AbstractWeight = eqx.field(converter=as_weight)
 
     def slots(self) -> tuple[Slot, ...]:
-        """The plain prediction and the reference."""
         return Slot("cond"), self.reference
 
-    def init(self, x: Float[Array, " *shape"]) -> Any:
-        """One carry per map."""
+    def init(self, x: Float[Array, " *shape"]) -> PyTree[Array]:
         return tuple(each.init(x) for each in self.maps)
 
-    def needs(self, carry: Any, ctx: Context) -> Mapping[str, bool | Bool[Array, ""]]:
-        """The reference where the scale is not 1."""
+    def needs(self, carry: PyTree, ctx: Context) -> Needs:
         return {"cond": True, self.reference.name: self.scale(ctx) != 1}
 
-    def combine(
-        self, preds: Mapping[str, Prediction], ctx: Context, carry: Any
-    ) -> tuple[Float[Array, " *shape"], Any, dict[str, Array]]:
-        """Along the changed direction."""
-        base, present = preds["cond"].x0, preds[self.reference.name].present
-        # Without a reference there is no direction: a harmless one keeps gradients finite, and is not used.
+    def combine(self, preds: Mapping[str, Prediction], ctx: Context, carry: PyTree) -> Combined:
+        base = preds["cond"].x0
+        present = preds[self.reference.name].present
+        # Without a reference there is no direction. The plain prediction stands for it: a direction of zero, which is
+        # not used and whose gradient is finite.
         reference = jnp.where(present, preds[self.reference.name].x0, base)
-        g, carries = base - reference, []
+        g = base - reference
+        carries = []
         for each, own in zip(self.maps, carry, strict=True):
             g, new = each(g, base, reference, own)
-            carries.append(jax.tree.map(lambda old, fresh: jnp.where(present, fresh, old), own, new))
+            # Nothing was seen in a step at scale 1: memories stay as they were.
+            carries.append(select(present, new, own))
         step = (self.scale(ctx) - 1).astype(base.dtype) * g
         return base + jnp.where(present, step, 0), tuple(carries), {}
 
@@ -274,5 +292,11 @@ def apg(
     Models", ICLR 2025, algorithm 1.
     """
     check(norm_threshold is None or norm_rms is None, "norm_rms", "None where `norm_threshold` is given", norm_rms)
-    clips = [ClipNorm(r, rms) for r, rms in ((norm_threshold, False), (norm_rms, True)) if r is not None]
-    return Direction(Slot("uncond", cond="null"), (Momentum(momentum), *clips, Project(eta)), scale)
+    # The order of algorithm 1: accumulate, clip, project.
+    maps: list[AbstractDirectionMap] = [Momentum(momentum)]
+    if norm_threshold is not None:
+        maps.append(ClipNorm(norm_threshold))
+    if norm_rms is not None:
+        maps.append(ClipNorm(norm_rms, rms=True))
+    maps.append(Project(eta))
+    return Direction(Slot("uncond", cond="null"), maps, scale)

@@ -3,140 +3,120 @@
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import ClassVar
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
-from genkit._core._checks import check, check_choice, check_interval, describe, is_concrete
+from genkit._core._checks import check, check_choice, check_interval
 from genkit._core._fields import as_number
+from genkit.guidance._switch import check_guidance, combine_where_on, needs_where_on, plain_where_off
+from genkit.guidance._types import Combined, Needs
 from genkit.guidance._weights import check_steps
-from genkit.sampling import AbstractPart, Context, Guidance, Prediction, Slot
+from genkit.guidance._window import check_window, in_window
+from genkit.sampling import AbstractPart, Context, Guidance, Prediction, Slot, Table
 
 
-class AbstractWhen(AbstractPart):
-    """A question that noise level and step answer."""
+class AbstractCondition(AbstractPart):
+    """A condition on noise level and step under which a guidance is applied."""
 
     @abc.abstractmethod
     def __call__(self, ctx: Context) -> Bool[Array, ""]:
-        """Whether the gate is open."""
+        """True where the guidance is applied."""
 
 
-class Between(AbstractWhen):
+class Between(AbstractCondition):
     """Steps that start within an interval of noise levels, or evaluations within it."""
 
     sigma_lo: Float[Array, ""] = eqx.field(converter=as_number)
     sigma_hi: Float[Array, ""] = eqx.field(converter=as_number)
     per: str = eqx.field(static=True)
-    needs_grid: bool = eqx.field(default=False, init=False, static=True)
 
     def __check_init__(self) -> None:
         """Refuse empty intervals and unknown units."""
         check_choice("per", self.per, ("step", "evaluation"))
-        if is_concrete(self.sigma_lo) and is_concrete(self.sigma_hi):
-            low, high = float(self.sigma_lo), float(self.sigma_hi)
-            check(0 <= low < high, "sigma_lo", "non-negative and below `sigma_hi`", f"{low:g} and {high:g}")
+        check_window(self.sigma_lo, self.sigma_hi)
 
     def __call__(self, ctx: Context) -> Bool[Array, ""]:
-        """By the start of the step, so that all its evaluations agree, or by each evaluation on its own."""
-        level = ctx.sigma_start if self.per == "step" else ctx.sigma
-        return (self.sigma_lo < level) & (level <= self.sigma_hi)
+        if self.per == "evaluation":
+            return in_window(self.sigma_lo, self.sigma_hi, ctx.sigma)
+        # By the start of the step, so that a corrector is guided where its predictor was.
+        return in_window(self.sigma_lo, self.sigma_hi, ctx.sigma_start)
 
 
-class AtSteps(AbstractWhen):
+class AtSteps(AbstractCondition):
     """Steps marked in a table."""
 
     active: Bool[Array, " num_steps"] = eqx.field(converter=jnp.asarray)
-    needs_grid: bool = eqx.field(default=True, init=False, static=True)
+    needs_grid: ClassVar[bool] = True
 
     def __check_init__(self) -> None:
         """Refuse anything but a column of booleans."""
         check(self.active.ndim == 1 and self.active.dtype == bool, "active", "booleans, one per step", self.active)
 
     def __call__(self, ctx: Context) -> Bool[Array, ""]:
-        """The mark of the step."""
         return self.active[ctx.step]
 
-    def check_draw(self, table: Any, model: Any, cond: Any) -> None:
-        """Refuse another number of steps."""
+    def check_draw(self, table: Table, model: Callable, cond: PyTree) -> None:
         check_steps("active", self.active, table)
 
 
-class FirstSteps(AbstractWhen):
+class FirstSteps(AbstractCondition):
     """The first few steps."""
 
     count: Int[Array, ""] = eqx.field(converter=jnp.asarray)
-    needs_grid: bool = eqx.field(default=True, init=False, static=True)
+    needs_grid: ClassVar[bool] = True
 
     def __check_init__(self) -> None:
         """Refuse negative counts."""
         check_interval("num_steps", self.count, 0)
 
     def __call__(self, ctx: Context) -> Bool[Array, ""]:
-        """Before the count."""
         return ctx.step < self.count
 
 
 class Gate(Guidance):
-    """Another guidance, applied where `when` says so; elsewhere one plain evaluation."""
+    """Another guidance, applied where a condition holds; elsewhere one plain evaluation."""
 
     guidance: Guidance
-    when: AbstractWhen
+    when: AbstractCondition
 
     def __check_init__(self) -> None:
         """Refuse anything but a guidance."""
-        if not isinstance(self.guidance, Guidance):
-            raise TypeError(f"`guidance` must be a genkit guidance; got {describe(self.guidance)}.")
+        check_guidance(self.guidance)
 
     def slots(self) -> tuple[Slot, ...]:
-        """Those of the guidance; second-stage ones are asked for inside only."""
-        return tuple(
-            dataclasses.replace(s, ask=_Gated(self, s.ask)) if s.ask is not None else s for s in self.guidance.slots()
-        )
+        slots = []
+        for slot in self.guidance.slots():
+            ask = slot.ask
+            # Second-stage slots are no part of `needs`: their question has to be gated by itself.
+            if ask is not None:
+                ask = _GatedQuestion(self, ask)
+            slots.append(dataclasses.replace(slot, ask=ask))
+        return tuple(slots)
 
-    def init(self, x: Float[Array, " *shape"]) -> Any:
-        """The carry of the guidance."""
+    def init(self, x: Float[Array, " *shape"]) -> PyTree[Array]:
         return self.guidance.init(x)
 
-    def needs(self, carry: Any, ctx: Context) -> Mapping[str, bool | Bool[Array, ""]]:
-        """What the guidance needs inside; the plain prediction outside."""
-        inside, plain = self.when(ctx), self.guidance.slots()[0].name
-        needs = {name: inside & need for name, need in self.guidance.needs(carry, ctx).items()}
-        return needs | {plain: needs.get(plain, False) | ~inside}
+    def needs(self, carry: PyTree, ctx: Context) -> Needs:
+        return needs_where_on(self.when(ctx), self.guidance, carry, ctx)
 
-    def combine(
-        self, preds: Mapping[str, Prediction], ctx: Context, carry: Any
-    ) -> tuple[Float[Array, " *shape"], Any, dict[str, Array]]:
-        """The guided prediction inside; the plain one outside, where the carry is held."""
-        inside, plain = self.when(ctx), preds[self.guidance.slots()[0].name]
-        x0, new, aux = self.guidance.combine(harmless(preds, plain, inside), ctx, carry)
-        held = jax.tree.map(lambda old, fresh: jnp.where(inside, fresh, old), carry, new)
-        return jnp.where(inside, x0, plain.x0), held, aux
+    def combine(self, preds: Mapping[str, Prediction], ctx: Context, carry: PyTree) -> Combined:
+        return combine_where_on(self.when(ctx), self.guidance, preds, ctx, carry)
 
 
-def harmless(preds: Mapping[str, Prediction], plain: Prediction, inside: Bool[Array, ""]) -> dict[str, Prediction]:
-    """Outside, the plain prediction in every slot, so that nothing a guidance computes there is undefined."""
-
-    def safe(pred: Prediction) -> Prediction:
-        gradient = None if pred.gradient is None else jnp.where(inside, pred.gradient, 0)
-        return Prediction(jnp.where(inside, pred.x0, plain.x0), pred.present | ~inside, gradient)
-
-    return {name: safe(pred) for name, pred in preds.items()}
-
-
-class _Gated(eqx.Module):
+class _GatedQuestion(eqx.Module):
     """The question of a second-stage slot, answered with no where the gate is closed."""
 
     gate: Gate
     ask: Callable
 
-    def __call__(self, preds: Mapping[str, Prediction], ctx: Context, carry: Any) -> tuple[Any, Any]:
-        """Ask inside."""
-        inside, plain = self.gate.when(ctx), preds[self.gate.guidance.slots()[0].name]
-        need, cond = self.ask(harmless(preds, plain, inside), ctx, carry)
-        return inside & need, cond
+    def __call__(self, preds: Mapping[str, Prediction], ctx: Context, carry: PyTree) -> tuple[Bool[Array, ""], PyTree]:
+        is_open = self.gate.when(ctx)
+        plain = preds[self.gate.guidance.slots()[0].name]
+        need, cond = self.ask(plain_where_off(is_open, preds, plain), ctx, carry)
+        return is_open & need, cond
 
 
 def interval(
@@ -162,7 +142,7 @@ def interval(
 
     Raises:
         ValueError: if the interval is empty or `per` is unknown.
-        TypeError: if `guidance` is none.
+        TypeError: if `guidance` is no guidance.
 
     Example:
         >>> import genkit as gk
@@ -190,7 +170,7 @@ def policy(guidance: Guidance, active: Bool[ArrayLike, " num_steps"] | list) -> 
 
     Raises:
         ValueError: if the table is no column of booleans; when drawing, if it has not one entry per step.
-        TypeError: if `guidance` is none.
+        TypeError: if `guidance` is no guidance.
 
     Example:
         >>> import genkit as gk
@@ -211,7 +191,7 @@ def step_adaptive(guidance: Guidance, num_steps: int | Int[ArrayLike, ""]) -> Ga
 
     Raises:
         ValueError: if the number is negative.
-        TypeError: if `guidance` is none.
+        TypeError: if `guidance` is no guidance.
 
     Example:
         >>> import genkit as gk

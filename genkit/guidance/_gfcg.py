@@ -1,29 +1,34 @@
 """Gradient-free classifier guidance: a classifier names the class to be guided away from, and how much."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
-from genkit._core._checks import (
-    check,
-    check_choice,
-    check_finite,
-    check_interval,
-    check_positive,
-    describe,
-    is_concrete,
-)
+from genkit._core._checks import check, check_choice, check_finite, check_interval, check_positive, describe, fail
 from genkit._core._fields import as_number
-from genkit.sampling import Context, Guidance, Prediction, Slot
+from genkit._core._known import is_known
+from genkit.guidance._types import Combined
+from genkit.sampling import Context, Guidance, Prediction, Slot, Table, as_denoiser
 
 
 CONFUSIONS = ("1-p", "ratio", "rival", "odds")
 REFERENCES = ("rival", "top")
+# Largest logarithm of odds: exp(60) is finite in every dtype with the exponents of float32.
+_LARGEST_LOG_ODDS = 60.0
+
+
+class Verdict(NamedTuple):
+    """Consequences of the classification of a prediction: how far to guide it, and away from which label."""
+
+    scale: Float[Array, ""]
+    reference: Int[Array, ""]  # label to be guided away from, -1 for none
+    confusion: Float[Array, ""]
+    failed: Bool[Array, ""]
 
 
 class GFCG(Guidance):
@@ -40,94 +45,113 @@ class GFCG(Guidance):
 
     def __check_init__(self) -> None:
         """Refuse unknown options and numbers out of range."""
-        for name, net in (("classifier", self.classifier), ("weak", self.weak or self.classifier)):
-            if not callable(net):
-                raise TypeError(f"`{name}` must be callable; got {describe(net)}.")
+        if not callable(self.classifier):
+            raise TypeError(f"`classifier` must be callable; got {describe(self.classifier)}.")
+        if self.weak is not None and not callable(self.weak):
+            raise TypeError(f"`weak` must be callable; got {describe(self.weak)}.")
         check_choice("confusion", self.confusion, CONFUSIONS)
         check_choice("reference", self.reference, REFERENCES)
         check_interval("skip_below", self.skip_below, 0, 1)
         check_positive("temperature", self.temperature)
-        for name in ("scale_max", "base_scale"):
-            check(getattr(self, name).ndim == 0, name, "a scalar", getattr(self, name))
-            check_finite(name, getattr(self, name))
+        for name, scale in (("scale_max", self.scale_max), ("base_scale", self.base_scale)):
+            check(scale.ndim == 0, name, "a scalar", scale)
+            check_finite(name, scale)
 
     def slots(self) -> tuple[Slot, ...]:
-        """The plain prediction, and one whose condition the classifier chooses."""
-        return Slot("cond"), Slot(self._other, cond="asked", net=self.weak, ask=_Ask(self))
+        return Slot("cond"), Slot(self._second, cond="asked", net=self.weak, ask=_AskClassifier(self))
 
     @property
-    def _other(self) -> str:
+    def _second(self) -> str:
         """Name of the second slot: that of the argument that brought its network, where one did."""
-        return "reference" if self.weak is None else "weak"
+        # Errors about the slot name it, and are to name the argument.
+        if self.weak is None:
+            return "reference"
+        return "weak"
 
-    def init(self, x: Float[Array, " *shape"]) -> None:
-        """No carry."""
-        return
+    def combine(self, preds: Mapping[str, Prediction], ctx: Context, carry: PyTree) -> Combined:
+        base = preds["cond"].x0
+        reference = preds[self._second]
+        verdict = self.classify(base, ctx)
+        # A reference that was not evaluated is replaced by the base: a step of zero with a finite gradient.
+        away = base - jnp.where(reference.present, reference.x0, base)
+        step = (verdict.scale - 1).astype(base.dtype) * away
+        reports = {
+            "scale": verdict.scale.astype(base.dtype),
+            "confusion": verdict.confusion.astype(base.dtype),
+            "classifier_failed": verdict.failed,
+        }
+        return base + jnp.where(reference.present, step, 0), carry, reports
 
-    def needs(self, carry: Any, ctx: Context) -> Mapping[str, bool | Bool[Array, ""]]:
-        """The plain prediction; the rest follows from it."""
-        return {"cond": True}
-
-    def combine(
-        self, preds: Mapping[str, Prediction], ctx: Context, carry: Any
-    ) -> tuple[Float[Array, " *shape"], Any, dict[str, Array]]:
-        """Away from the reference, where there is one."""
-        base, other = preds["cond"].x0, preds[self._other]
-        scale, _, confusion, failed = self.judge(base, ctx)
-        step = (scale - 1).astype(base.dtype) * (base - jnp.where(other.present, other.x0, base))
-        report = {"scale": scale.astype(base.dtype), "confusion": confusion.astype(base.dtype)}
-        return base + jnp.where(other.present, step, 0), carry, report | {"classifier_failed": failed}
-
-    def judge(self, x0: Array, ctx: Context) -> tuple[Array, Array, Array, Array]:
-        """Scale, label of the reference, confusion, and whether the classifier failed."""
+    def classify(self, x0: Float[Array, " *shape"], ctx: Context) -> Verdict:
+        """Scale and reference for a prediction, from the probabilities of its classes."""
         logits = jnp.asarray(self.classifier(x0))
-        check(logits.ndim == 1, "classifier", "a function x0 -> logits of shape (classes,)", f"shape {logits.shape}")
+        if logits.ndim != 1:
+            fail("classifier", "a function x0 -> logits of shape (classes,)", f"shape {logits.shape}")
         failed = ~jnp.all(jnp.isfinite(logits)) | (ctx.cond >= len(logits))
+        # Where it failed all classes are alike, so that nothing below is NaN; the result is replaced at the end.
         logits = jax.nn.log_softmax(jnp.where(failed, 0, logits) / self.temperature)
-        probs = jnp.exp(logits)
-        label = jnp.clip(ctx.cond, 0, len(probs) - 1)
-        own = jnp.arange(len(probs)) == label
-        rival = jnp.argmax(jnp.where(own, -jnp.inf, probs)).astype(ctx.cond.dtype)
-        p, r = probs[label], probs[rival]
-        odds = jnp.exp(jnp.minimum(logits[rival] - logits[label], 60.0))  # finite, whatever underflows
-        confusion = {"1-p": 1 - p, "ratio": r / (p + r), "rival": r, "odds": odds}[self.confusion]
-        idle = failed | (ctx.cond < 0)
-        confusion = jnp.where(idle, 0, confusion)
+        label = jnp.clip(ctx.cond, 0, len(logits) - 1)
+        is_own = jnp.arange(len(logits)) == label
+        rival = jnp.argmax(jnp.where(is_own, -jnp.inf, jnp.exp(logits))).astype(ctx.cond.dtype)
+        unguided = failed | (ctx.cond < 0)
+        confusion = jnp.where(unguided, 0, self._confusion(logits[label], logits[rival]))
         # "Skip below" includes zero: what is not confused at all is not guided.
-        confused = (confusion > self.skip_below) & ~idle
+        confused = (confusion > self.skip_below) & ~unguided
+        scale = jnp.where(confused, self._scale(confusion), self.base_scale)
+        # Where nothing is confused the reference is that of the ordinary guidance of the same networks: with a weak
+        # model the same class (autoguidance), else no condition (classifier-free).
+        fallback = jnp.full_like(ctx.cond, -1)
+        if self.weak is not None:
+            fallback = ctx.cond
+        reference = rival
+        if self.reference == "top":
+            top = jnp.argmax(jnp.exp(logits)).astype(ctx.cond.dtype)
+            reference = jnp.where(top == label, fallback, top)
+        return Verdict(jnp.where(unguided, 1, scale), jnp.where(confused, reference, fallback), confusion, failed)
+
+    def _confusion(self, log_own: Float[Array, ""], log_rival: Float[Array, ""]) -> Float[Array, ""]:
+        """How far the class is confused with its rival, from the logarithms of their probabilities."""
+        own = jnp.exp(log_own)
+        rival = jnp.exp(log_rival)
+        if self.confusion == "1-p":
+            return 1 - own
+        if self.confusion == "ratio":
+            return rival / (own + rival)
+        if self.confusion == "rival":
+            return rival
+        # Odds from logarithms: the probability of the class may underflow.
+        return jnp.exp(jnp.minimum(log_rival - log_own, _LARGEST_LOG_ODDS))
+
+    def _scale(self, confusion: Float[Array, ""]) -> Float[Array, ""]:
+        """The scale of a confused prediction."""
         if self.confusion == "odds":
-            scale = jnp.minimum(self.base_scale + confusion, self.scale_max)
-        else:
-            scale = self.base_scale + (self.scale_max - self.base_scale) * confusion
-        scale = jnp.where(idle, 1, jnp.where(confused, scale, self.base_scale))
-        # What the model itself takes for the reference where nothing is confused: for a weak model the class, for the
-        # model itself no condition.
-        fallback = ctx.cond if self.weak is not None else jnp.full_like(ctx.cond, -1)
-        top = jnp.argmax(probs).astype(ctx.cond.dtype)
-        chosen = rival if self.reference == "rival" else jnp.where(top == label, fallback, top)
-        return scale, jnp.where(confused, chosen, fallback), confusion, failed
+            return jnp.minimum(self.base_scale + confusion, self.scale_max)
+        return self.base_scale + (self.scale_max - self.base_scale) * confusion
 
-    def check_draw(self, table: Any, model: Any, cond: Any) -> None:
-        """Refuse draws without labels."""
-        labels = cond is not None and jnp.issubdtype(cond.dtype, jnp.integer) and cond.ndim == 1
-        check(labels, "cond", "integer labels with `gfcg`, whose classifier compares them", cond)
-        shape = getattr(model, "shape", None)
-        if shape is not None and is_concrete(cond):
-            example = jax.ShapeDtypeStruct(tuple(shape), jnp.result_type(float))
-            logits = jax.eval_shape(lambda x0: jnp.asarray(self.classifier(x0)), example)
-            known, most = logits.shape[0] if len(logits.shape) == 1 else np.inf, int(np.max(np.asarray(cond)))
-            check(most < known, "cond", f"labels that the classifier of `gfcg` knows, 0 to {known - 1}", most)
+    def check_draw(self, table: Table, model: Callable, cond: PyTree) -> None:
+        is_labels = cond is not None and jnp.issubdtype(cond.dtype, jnp.integer) and cond.ndim == 1
+        check(is_labels, "cond", "integer labels with `gfcg`, whose classifier compares them", cond)
+        shape = as_denoiser(model).shape
+        if shape is None or not is_known(cond):
+            return
+        example = jax.ShapeDtypeStruct(shape, jnp.result_type(float))
+        logits = jax.eval_shape(lambda x0: jnp.asarray(self.classifier(x0)), example)
+        # Logits of another rank are refused in the draw, by `classify`.
+        largest = int(np.max(np.asarray(cond)))
+        if logits.ndim == 1 and largest >= logits.shape[0]:
+            fail("cond", f"labels that the classifier of `gfcg` knows, 0 to {logits.shape[0] - 1}", largest)
 
 
-class _Ask(eqx.Module):
-    """Whether the reference is evaluated, and under which label."""
+class _AskClassifier(eqx.Module):
+    """The question of the second slot: whether the reference is evaluated, and under which label."""
 
     guidance: GFCG
 
-    def __call__(self, preds: Mapping[str, Prediction], ctx: Context, carry: Any) -> tuple[Any, Any]:
-        """Ask the classifier."""
-        scale, label, _, _ = self.guidance.judge(preds["cond"].x0, ctx)
-        return scale != 1, label
+    def __call__(
+        self, preds: Mapping[str, Prediction], ctx: Context, carry: PyTree
+    ) -> tuple[Bool[Array, ""], Int[Array, ""]]:
+        verdict = self.guidance.classify(preds["cond"].x0, ctx)
+        return verdict.scale != 1, verdict.reference
 
 
 def gfcg(

@@ -1,17 +1,17 @@
 """Guidance by gradients: of a classifier that knows the noise level, or of a loss through the denoiser."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Shaped
 
-from genkit._core._checks import check, check_choice, check_count, check_interval, describe
+from genkit._core._checks import check, check_choice, check_count, check_interval, describe, fail
 from genkit._core._fields import as_number
+from genkit.guidance._types import Combined
 from genkit.guidance._weights import AbstractWeight, Scale, as_weight
-from genkit.sampling import Context, Guidance, Prediction, Slot
+from genkit.sampling import Context, Guidance, Prediction, Slot, Table
 
 
 class Classifier(Guidance):
@@ -21,29 +21,20 @@ class Classifier(Guidance):
     scale: AbstractWeight
 
     def slots(self) -> tuple[Slot, ...]:
-        """The prediction without a condition."""
         return (Slot("uncond", cond="null"),)
 
-    def init(self, x: Float[Array, " *shape"]) -> None:
-        """No carry."""
-        return
-
-    def needs(self, carry: Any, ctx: Context) -> Mapping[str, bool | Bool[Array, ""]]:
-        """Always needed."""
-        return {"uncond": True}
-
-    def combine(
-        self, preds: Mapping[str, Prediction], ctx: Context, carry: Any
-    ) -> tuple[Float[Array, " *shape"], Any, dict[str, Array]]:
-        """Up the gradient."""
+    def combine(self, preds: Mapping[str, Prediction], ctx: Context, carry: PyTree) -> Combined:
         base = preds["uncond"].x0
-        gradient = jax.grad(lambda x: _scalar("log_prob_fn", self.log_prob_fn(x, ctx.sigma, ctx.cond)))(ctx.x)
-        gradient, failed = _sound(gradient)
+
+        def log_prob(x: Float[Array, " *shape"]) -> Float[Array, ""]:
+            return _as_scalar("log_prob_fn", self.log_prob_fn(x, ctx.sigma, ctx.cond))
+
+        gradient, failed = _zero_unless_finite(jax.grad(log_prob)(ctx.x))
+        # Tweedie: D = x + sigma^2 times the score, and the scores of the factors add up.
         weight = self.scale(ctx).astype(base.dtype) * ctx.sigma**2
         return base + weight * gradient.astype(base.dtype), carry, {"classifier_failed": failed}
 
-    def check_draw(self, table: Any, model: Any, cond: Any) -> None:
-        """Refuse draws without a condition."""
+    def check_draw(self, table: Table, model: Callable, cond: PyTree) -> None:
         check(cond is not None, "cond", "given with `classifier`, which guides towards it", cond)
 
 
@@ -72,7 +63,7 @@ def classifier(log_prob_fn: Callable, scale: Scale) -> Classifier:
     Source: Dhariwal and Nichol, "Diffusion Models Beat GANs on Image Synthesis", NeurIPS 2021, algorithm 2; the gradient
     is taken at the noisy example and applied to the prediction there.
     """  # noqa: E501
-    _callable("log_prob_fn", log_prob_fn)
+    _check_callable("log_prob_fn", log_prob_fn)
     return Classifier(log_prob_fn, as_weight(scale))
 
 
@@ -92,24 +83,17 @@ class LossGuidance(Guidance):
         return self.step == "dps"
 
     def slots(self) -> tuple[Slot, ...]:
-        """The plain prediction, with the gradient through it where that is asked for."""
-        return (Slot("cond", loss=_Averaged(self) if self.through == "denoiser" else None),)
+        if self.through == "prediction":
+            return (Slot("cond"),)
+        return (Slot("cond", loss=_LossNearPrediction(self)),)
 
-    def init(self, x: Float[Array, " *shape"]) -> None:
-        """No carry."""
-        return
-
-    def needs(self, carry: Any, ctx: Context) -> Mapping[str, bool | Bool[Array, ""]]:
-        """Always needed."""
-        return {"cond": True}
-
-    def combine(
-        self, preds: Mapping[str, Prediction], ctx: Context, carry: Any
-    ) -> tuple[Float[Array, " *shape"], Any, dict[str, Array]]:
-        """Down the gradient."""
-        base, gradient = preds["cond"].x0, preds["cond"].gradient
-        value, own = jax.value_and_grad(_Averaged(self))(base, ctx)
-        gradient, failed = _sound(own if gradient is None else gradient)
+    def combine(self, preds: Mapping[str, Prediction], ctx: Context, carry: PyTree) -> Combined:
+        base = preds["cond"].x0
+        value, gradient = jax.value_and_grad(_LossNearPrediction(self))(base, ctx)
+        through_denoiser = preds["cond"].gradient
+        if through_denoiser is not None:
+            gradient = through_denoiser
+        gradient, failed = _zero_unless_finite(gradient)
         scale = self.scale(ctx).astype(base.dtype)
         if self.step == "score":
             change = scale * ctx.sigma**2 * gradient
@@ -121,21 +105,26 @@ class LossGuidance(Guidance):
         return base - change.astype(base.dtype), carry, {"loss": value.astype(base.dtype), "loss_failed": failed}
 
 
-class _Averaged(eqx.Module):
+class _LossNearPrediction(eqx.Module):
     """The loss at the prediction, or its soft minimum over draws around it."""
 
     guidance: LossGuidance
 
-    def __call__(self, x0: Array, ctx: Context) -> Array:
-        """Evaluate."""
-        this = self.guidance
-        if this.num_draws == 0:
-            return _scalar("loss", this.loss(x0))
-        radius = (this.spread * ctx.sigma / jnp.sqrt(1 + ctx.sigma**2)).astype(x0.dtype)
-        # Value and gradient are taken at the same draws, each from a key of its own making.
-        noise = jax.random.normal(jax.random.fold_in(ctx.key, 0), (this.num_draws, *x0.shape), x0.dtype)
-        losses = jax.vmap(lambda z: _scalar("loss", this.loss(x0 + radius * z)))(noise)
-        return jnp.log(float(this.num_draws)) - jax.nn.logsumexp(-losses)
+    def __call__(self, x0: Float[Array, " *shape"], ctx: Context) -> Float[Array, ""]:
+        options = self.guidance
+
+        def loss(x0: Float[Array, " *shape"]) -> Float[Array, ""]:
+            return _as_scalar("loss", options.loss(x0))
+
+        if options.num_draws == 0:
+            return loss(x0)
+        # Data of unit variance seen through noise sigma keep the standard deviation sigma / sqrt(1 + sigma^2).
+        radius = (options.spread * ctx.sigma / jnp.sqrt(1 + ctx.sigma**2)).astype(x0.dtype)
+        # Value and gradient are taken at the same draws: both fold the same number into the key of the evaluation.
+        noise = jax.random.normal(jax.random.fold_in(ctx.key, 0), (options.num_draws, *x0.shape), x0.dtype)
+        losses = jax.vmap(lambda z: loss(x0 + radius * z))(noise)
+        # -log of the mean of exp(-loss)
+        return jnp.log(float(options.num_draws)) - jax.nn.logsumexp(-losses)
 
 
 def loss_guidance(
@@ -181,7 +170,7 @@ def loss_guidance(
     Song et al., "Loss-Guided Diffusion Models for Plug-and-Play Controllable Generation", ICML 2023 (draws); He et al.,
     "Manifold Preserving Guided Diffusion", ICLR 2024 (prediction).
     """  # noqa: E501
-    _callable("loss", loss)
+    _check_callable("loss", loss)
     check_choice("through", through, ("denoiser", "prediction"))
     check_choice("step", step, ("score", "dps"))
     check_count("num_draws", num_draws, 0)
@@ -189,20 +178,20 @@ def loss_guidance(
     return LossGuidance(loss, as_weight(scale), spread, through, step, num_draws)
 
 
-def _sound(gradient: Array) -> tuple[Array, Array]:
-    """The gradient, zero where it is not finite, and whether it was not."""
+def _zero_unless_finite(gradient: Float[Array, " *shape"]) -> tuple[Float[Array, " *shape"], Bool[Array, ""]]:
+    """The gradient, zero where any entry is not finite, and whether that was so."""
+    # As a whole: a step along the remaining entries would be no direction of the loss.
     failed = ~jnp.all(jnp.isfinite(gradient))
     return jnp.where(failed, 0, gradient), failed
 
 
-def _scalar(name: str, value: Any) -> Array:
-    """A scalar."""
+def _as_scalar(name: str, value: Shaped[ArrayLike, "..."]) -> Shaped[Array, ""]:
     value = jnp.asarray(value)
-    check(value.ndim == 0, name, "a function that returns a scalar", f"shape {value.shape}")
+    if value.ndim != 0:
+        fail(name, "a function that returns a scalar", f"shape {value.shape}")
     return value
 
 
-def _callable(name: str, fn: Any) -> None:
-    """Refuse what cannot be called."""
+def _check_callable(name: str, fn: Callable) -> None:
     if not callable(fn):
         raise TypeError(f"`{name}` must be callable; got {describe(fn)}.")

@@ -1,17 +1,21 @@
 """Guidance that is a weighted sum of predictions: classifier-free, negative, autoguidance, composition, CFG++."""
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import ArrayLike, Float, Int, PyTree
 
-from genkit._core._checks import check, describe
-from genkit.guidance._weights import AbstractWeight, CFGPlusPlus, Complement, Scale, as_weight
+from genkit._core._checks import check, describe, fail
+from genkit.guidance._types import Combined, Needs
+from genkit.guidance._weights import AbstractWeight, CFGPlusPlus, Complement, Negated, Scale, as_weight
 from genkit.sampling import Context, Guidance, Prediction, Slot
+
+
+def _as_weights(scales: Sequence[Scale]) -> tuple[AbstractWeight, ...]:
+    return tuple(as_weight(scale) for scale in scales)
 
 
 class Linear(Guidance):
@@ -34,33 +38,29 @@ class Linear(Guidance):
     """
 
     predictions: tuple[Slot, ...]
-    weights: tuple[AbstractWeight, ...] = eqx.field(converter=lambda ws: tuple(as_weight(w) for w in ws))
+    weights: tuple[AbstractWeight, ...] = eqx.field(converter=_as_weights)
 
     def __check_init__(self) -> None:
         """Refuse a number of weights that does not fit."""
         wanted = len(self.predictions) - 1
-        check(len(self.weights) == wanted, "weights", f"{wanted} weights, one per further slot", str(len(self.weights)))
+        if len(self.weights) != wanted:
+            fail("weights", f"{wanted} weights, one per further slot", str(len(self.weights)))
 
     def slots(self) -> tuple[Slot, ...]:
-        """The predictions."""
         return self.predictions
 
-    def init(self, x: Float[Array, " *shape"]) -> None:
-        """No carry."""
-        return
-
-    def needs(self, carry: Any, ctx: Context) -> Mapping[str, bool | Bool[Array, ""]]:
-        """What has a weight."""
+    def needs(self, carry: PyTree, ctx: Context) -> Needs:
         weights = [weight(ctx) for weight in self.weights]
-        shares = [sum(weights, jnp.zeros(())) != 1, *(weight != 0 for weight in weights)]
-        return {slot.name: share for slot, share in zip(self.predictions, shares, strict=True)}
+        # The first prediction has weight 1 minus the sum of the others. Users write scales of 0 and 1 exactly, so that
+        # comparing for equality is safe.
+        needed = [sum(weights, jnp.zeros(())) != 1, *(weight != 0 for weight in weights)]
+        return {slot.name: need for slot, need in zip(self.predictions, needed, strict=True)}
 
-    def combine(
-        self, preds: Mapping[str, Prediction], ctx: Context, carry: Any
-    ) -> tuple[Float[Array, " *shape"], Any, dict[str, Array]]:
-        """The sum; what was not evaluated is zero and has weight zero."""
+    def combine(self, preds: Mapping[str, Prediction], ctx: Context, carry: PyTree) -> Combined:
         base = preds[self.predictions[0].name].x0
         total = base
+        # Of a slot that was not evaluated the prediction is zero; its weight is zero too, and where the first slot was
+        # not evaluated, `base` cancels because the weights sum to one.
         for slot, weight in zip(self.predictions[1:], self.weights, strict=True):
             total = total + weight(ctx).astype(base.dtype) * (preds[slot.name].x0 - base)
         return total, carry, {}
@@ -119,7 +119,7 @@ def cfgpp(strength: Float[ArrayLike, ""] | float) -> Linear:
     return cfg(CFGPlusPlus(strength))
 
 
-def negative(scale: Scale, cond: Any) -> Linear:
+def negative(scale: Scale, cond: ArrayLike) -> Linear:
     r"""Guidance away from another condition, $D = D_{neg} + w\, (D_{cond} - D_{neg})$.
 
     Args:
@@ -130,7 +130,7 @@ def negative(scale: Scale, cond: Any) -> Linear:
         A guidance with two evaluations per prediction.
 
     Raises:
-        TypeError: if the condition is none.
+        TypeError: if `cond` is no label or array.
 
     Example:
         >>> import genkit as gk
@@ -164,7 +164,8 @@ def autoguide(weak: Callable, scale: Scale) -> Linear:
 
     Source: Karras et al., "Guiding a Diffusion Model with a Bad Version of Itself", NeurIPS 2024, equation 4.
     """
-    return Linear((Slot("cond"), Slot("weak", net=_net("weak", weak))), (Complement(as_weight(scale)),))
+    # The plain prediction comes first: it takes the weight w, the other one 1 - w.
+    return Linear((Slot("cond"), Slot("weak", net=_checked_denoiser("weak", weak))), (Complement(as_weight(scale)),))
 
 
 def perturbed(net: Callable, scale: Scale) -> Linear:
@@ -191,13 +192,14 @@ def perturbed(net: Callable, scale: Scale) -> Linear:
 
     Source: Ahn et al., "Self-Rectifying Diffusion Sampling with Perturbed-Attention Guidance", ECCV 2024, equation 15.
     """
-    return Linear((Slot("cond"), Slot("perturbed", net=_net("net", net))), (_Negated(as_weight(scale)),))
+    # D_cond + s (D_cond - D_perturbed): the perturbed prediction has weight -s, and s = 0 leaves it out.
+    return Linear((Slot("cond"), Slot("perturbed", net=_checked_denoiser("net", net))), (Negated(as_weight(scale)),))
 
 
-def compose(weights: Mapping[Any, Scale]) -> Linear:
+def compose(weights: Mapping[Hashable, Scale]) -> Linear:
     r"""Composition of conditions, $D = D_{uncond} + \sum_i w_i (D_i - D_{uncond})$: and, or with $w_i < 0$ not.
 
-    It is not the product of the conditional laws; see `fkc` for that. The condition of the draw plays no part.
+    It is not the product of the conditional distributions; see `fkc` for that. The condition of the draw plays no part.
 
     Args:
         weights: condition to weight.
@@ -219,43 +221,26 @@ def compose(weights: Mapping[Any, Scale]) -> Linear:
     return Linear((Slot("uncond", cond="null"), *slots), tuple(as_weight(w) for w in weights.values()))
 
 
-class _Negated(AbstractWeight):
-    """Minus another weight."""
-
-    weight: AbstractWeight
-
-    def __init__(self, weight: AbstractWeight):
-        self.weight = weight
-
-    @property
-    def needs_grid(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """As the other weight."""
-        return self.weight.needs_grid
-
-    def __call__(self, ctx: Context) -> Float[Array, ""]:
-        """Its negative."""
-        return -self.weight(ctx)
-
-
 @functools.lru_cache(maxsize=4096)
 def _label(value: int) -> Int[np.ndarray, ""]:
-    """One array per label, so that equal labels are recognized as the same evaluation also inside `jit`."""
+    # One array per label: slots are merged by the identity of their arrays, also inside `jit`, and two guidances away
+    # from one label are to evaluate it once.
     label = np.array(value, np.int32)
     label.setflags(write=False)
     return label
 
 
-def as_condition(cond: Any) -> Any:
+def as_condition(cond: PyTree) -> ArrayLike:
     """A condition of a guidance as an array."""
-    if isinstance(cond, bool) or cond is None or isinstance(cond, str) or callable(cond):
+    # True and False are integers to Python; words stand for conditions that are no labels.
+    if isinstance(cond, (bool, str)) or cond is None or callable(cond):
         raise TypeError(f"`cond` must be a label or an array; got {describe(cond)}.")
     if isinstance(cond, (int, np.integer)):
         return _label(int(cond))
     return jnp.asarray(cond)
 
 
-def _net(name: str, net: Any) -> Callable:
-    """A denoiser."""
+def _checked_denoiser(name: str, net: Callable) -> Callable:
     if not callable(net):
         raise TypeError(f"`{name}` must be a denoiser, a callable (x, sigma, cond=None) -> x0; got {describe(net)}.")
     return net

@@ -1,22 +1,25 @@
 """LinearAG: the second prediction as a linear function of past ones."""
 
 import hashlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
-from genkit._core._checks import check, describe, is_concrete
-from genkit.guidance._gates import harmless
+from genkit._core._checks import describe, fail
+from genkit._core._known import is_known
+from genkit.guidance._switch import combine_where_on, select
+from genkit.guidance._types import Combined, Needs
+from genkit.guidance._unguided import evaluations_per_step
 from genkit.sampling import Context, Guidance, Prediction, Slot, Table
 
 
 class LinearFit(eqx.Module):
-    """Coefficients of LinearAG and what they were fitted to; made by `fit_linear_ag`.
+    """Coefficients of LinearAG, with the table, model and guidance they belong to; made by `fit_linear_ag`.
 
     Args:
         guidance: the guidance whose second prediction is replaced.
@@ -43,9 +46,9 @@ class LinearFit(eqx.Module):
     @property
     def num_evaluations(self) -> int:
         """Evaluations per draw: two in true steps, one in the others."""
-        steps = np.asarray(self.table.step)[np.asarray(self.table.evaluate)]
-        marks = np.flatnonzero(np.asarray(self.true))
-        return int(len(steps) + np.isin(steps, marks).sum())
+        plain = evaluations_per_step(self.table)
+        # A true step makes the second prediction at each of its evaluations, its corrector included.
+        return int(plain.sum() + plain[np.flatnonzero(np.asarray(self.true))].sum())
 
 
 class LinearAG(Guidance):
@@ -57,70 +60,84 @@ class LinearAG(Guidance):
     stop: Int[Array, ""]
     fit: LinearFit | None
     record: bool = eqx.field(static=True, default=False)
-    needs_grid: bool = eqx.field(static=True, default=True, init=False)
+    needs_grid: ClassVar[bool] = True
 
     def slots(self) -> tuple[Slot, ...]:
-        """Those of the guidance."""
         return self.guidance.slots()
 
-    def init(self, x: Float[Array, " *shape"]) -> Any:
-        """An empty history of both noise predictions."""
+    def init(self, x: Float[Array, " *shape"]) -> PyTree[Array]:
+        # Noise predictions of the past steps; those to come are zero, and so are their coefficients.
         history = jnp.zeros((len(self.true), *x.shape), x.dtype)
         return {"inner": self.guidance.init(x), "first": history, "second": history}
 
-    def needs(self, carry: Any, ctx: Context) -> Mapping[str, bool | Bool[Array, ""]]:
-        """Both in true steps, the plain one otherwise."""
+    def needs(self, carry: PyTree, ctx: Context) -> Needs:
         plain, other = (slot.name for slot in self.slots())
-        here = jnp.minimum(ctx.step, len(self.true) - 1), ctx.corrector.astype(jnp.int32)
-        return {plain: True, other: self.record or (ctx.step < self.stop) & self.true[here]}
+        step, kind = self._place(ctx)
+        return {plain: True, other: self.record or (ctx.step < self.stop) & self.true[step, kind]}
 
-    def combine(
-        self, preds: Mapping[str, Prediction], ctx: Context, carry: Any
-    ) -> tuple[Float[Array, " *shape"], Any, dict[str, Array]]:
-        """Predict what was not evaluated, and combine."""
+    def combine(self, preds: Mapping[str, Prediction], ctx: Context, carry: PyTree) -> Combined:
         plain, other = (slot.name for slot in self.slots())
-        first, second = preds[plain], preds[other]
-        here = jnp.minimum(ctx.step, len(self.true) - 1)
-        guided, size = ctx.step < self.stop, len(self.true)
+        first = preds[plain]
+        second = preds[other]
+        step, kind = self._place(ctx)
         noise = (ctx.x - first.x0) / ctx.sigma
-        kind = ctx.corrector.astype(jnp.int32)
-        weights = self.coefficients[here, kind].astype(noise.dtype)
-        mix = lambda w, history: jnp.tensordot(w, history, 1, precision="highest")
-        guess = mix(weights[:size], carry["first"]) + mix(weights[size:-1], carry["second"]) + weights[-1] * noise
         truth = (ctx.x - second.x0) / ctx.sigma
-        used = jnp.where(self.true[here, kind] & second.present, truth, guess)
+        guess = self._guess(noise, carry, step, kind)
+        used = jnp.where(self.true[step, kind] & second.present, truth, guess)
         filled = {plain: first, other: Prediction(ctx.x - ctx.sigma * used, jnp.asarray(True))}
-        x0, inner, aux = self.guidance.combine(harmless(filled, first, guided), ctx, carry["inner"])
-        keep = lambda old, new: jnp.where(guided, new, old)
+        guided = ctx.step < self.stop
+        x0, inner, reports = combine_where_on(guided, self.guidance, filled, ctx, carry["inner"])
         new = {
-            "inner": jax.tree.map(keep, carry["inner"], inner),
-            "first": keep(carry["first"], carry["first"].at[here].set(noise)),
-            "second": keep(carry["second"], carry["second"].at[here].set(used)),
+            "inner": inner,
+            "first": select(guided, carry["first"].at[step].set(noise), carry["first"]),
+            "second": select(guided, carry["second"].at[step].set(used), carry["second"]),
         }
-        report = {"linear_first": noise, "linear_used": used, "linear_true": truth} if self.record else {}
-        return jnp.where(guided, x0, first.x0), new, aux | report
+        if self.record:
+            reports |= {"linear_first": noise, "linear_used": used, "linear_true": truth}
+        return x0, new, reports
 
-    def check_draw(self, table: Any, model: Any, cond: Any) -> None:
-        """Refuse another grid, table, scale or model than the fitted ones."""
-        fit = self.fit
-        if fit is None:
+    def _place(self, ctx: Context) -> tuple[Int[Array, ""], Int[Array, ""]]:
+        """The step, and 0 for its first evaluation or 1 for its corrector, as indices of the tables."""
+        # From `stop` on there are no rows: the last one stands in, and its result is not used.
+        return jnp.minimum(ctx.step, len(self.true) - 1), ctx.corrector.astype(jnp.int32)
+
+    def _guess(
+        self, noise: Float[Array, " *shape"], carry: PyTree, step: Int[Array, ""], kind: Int[Array, ""]
+    ) -> Float[Array, " *shape"]:
+        """The second noise prediction from past ones of both kinds and from the present first one."""
+        size = len(self.true)
+        weights = self.coefficients[step, kind].astype(noise.dtype)
+        # In full precision: the coefficients of nearly collinear predictions are large and cancel, and accelerators
+        # multiply matrices with fewer digits by default.
+        first = jnp.tensordot(weights[:size], carry["first"], 1, precision="highest")
+        second = jnp.tensordot(weights[size:-1], carry["second"], 1, precision="highest")
+        return first + second + weights[-1] * noise
+
+    def check_draw(self, table: Table, model: Callable, cond: PyTree) -> None:
+        if self.fit is None:
             return
+        wrong = self._differences(self.fit, table, model)
+        if wrong:
+            fail(
+                "guidance",
+                "fitted to this draw",
+                f"coefficients for another draw: {', '.join(wrong)} differs",
+                "Fit again with `gk.guidance.fit_linear_ag`: the coefficients belong to one table, scale and model.",
+            )
+
+    def _differences(self, fit: LinearFit, table: Table, model: Callable) -> list[str]:
+        """Names of the things in which a draw differs from those that the coefficients were fitted to."""
         wrong = []
+        columns = zip(jax.tree.leaves(fit.table), jax.tree.leaves(table), strict=True)
         if _differ(fit.table.sigma, table.sigma):
             wrong.append("the grid")
-        elif any(_differ(a, b) for a, b in zip(jax.tree.leaves(fit.table), jax.tree.leaves(table), strict=True)):
+        elif any(_differ(fitted, given) for fitted, given in columns):
             wrong.append("the table")
-        for name, before, now in (("scale", fit.scale, digest(self.guidance)), ("model", fit.model, digest(model))):
-            if before is not None and now is not None and before != now:
-                wrong.append(f"the {name}")
-        hint = "Fit again with `gk.guidance.fit_linear_ag`: the coefficients belong to one table, scale and model."
-        check(
-            not wrong,
-            "guidance",
-            "fitted to this draw",
-            f"coefficients for another draw: {', '.join(wrong)} differs",
-            hint,
-        )
+        if _digests_differ(fit.scale, digest(self.guidance)):
+            wrong.append("the scale")
+        if _digests_differ(fit.model, digest(model)):
+            wrong.append("the model")
+        return wrong
 
 
 def linear_ag(fit: LinearFit) -> LinearAG:
@@ -139,7 +156,7 @@ def linear_ag(fit: LinearFit) -> LinearAG:
         names the difference, for another grid, table, scale or model.
 
     Raises:
-        TypeError: if `fit` is none.
+        TypeError: if `fit` is no such fit.
 
     Example:
         >>> import jax
@@ -161,27 +178,37 @@ def linear_ag(fit: LinearFit) -> LinearAG:
     """  # noqa: E501
     if not isinstance(fit, LinearFit):
         raise TypeError(f"`fit` must come from `gk.guidance.fit_linear_ag`; got {describe(fit)}.")
-    return LinearAG(fit.guidance, fit.coefficients, jnp.stack([fit.true] * 2, axis=1), fit.stop, fit)
+    # A true step is true at both of its evaluations.
+    true = jnp.stack([fit.true, fit.true], axis=1)
+    return LinearAG(fit.guidance, fit.coefficients, true, fit.stop, fit)
 
 
-def digest(tree: Any) -> str | None:
+def digest(tree: PyTree) -> str | None:
     """A digest of the arrays of a tree and of where they sit; `None` if one is traced."""
     code = hashlib.sha256(type(tree).__qualname__.encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         code.update(jax.tree_util.keystr(path).encode())
-        if not hasattr(leaf, "dtype"):
-            code.update(getattr(leaf, "__qualname__", type(leaf).__qualname__).encode())
-        elif not is_concrete(leaf):
+        if not is_known(leaf):
             return None
-        else:
+        if isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
             array = np.asarray(leaf)
             code.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+        else:
+            # The user's own object, often a function, which is known by its name; anything else by its class.
+            code.update(getattr(leaf, "__qualname__", type(leaf).__qualname__).encode())
     return code.hexdigest()
 
 
-def _differ(a: Any, b: Any) -> bool:
-    """Whether two columns differ beyond rounding; traced ones do not."""
-    if not (is_concrete(a) and is_concrete(b)):
+def _digests_differ(before: str | None, now: str | None) -> bool:
+    # `None` is a digest of something traced, which cannot be compared.
+    return before is not None and now is not None and before != now
+
+
+def _differ(first: Shaped[ArrayLike, "..."], second: Shaped[ArrayLike, "..."]) -> bool:
+    """True if two columns differ beyond rounding; traced ones do not."""
+    if not is_known(first, second):
         return False
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return a.shape != b.shape or not np.allclose(a, b, rtol=1e-6, atol=1e-9)
+    first = np.asarray(first, np.float64)
+    second = np.asarray(second, np.float64)
+    # A table that went through float32 is still the same table.
+    return first.shape != second.shape or not np.allclose(first, second, rtol=1e-6, atol=1e-9)

@@ -2,29 +2,36 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Inexact, Int, Key
+from jaxtyping import Array, ArrayLike, Bool, Float, Inexact, Int, Key, PyTree
 
-from genkit._core._checks import check, check_count, check_interval, check_positive, describe
+from genkit._core._checks import check, check_count, check_interval, check_positive, fail
 from genkit._core._fields import as_number
 from genkit.guidance._linear_ag import LinearAG, LinearFit, digest, linear_ag
-from genkit.sampling import AbstractSampler, Draws, Guidance, Sampler, Table, as_sampler, sample
+from genkit.guidance._switch import check_guidance
+from genkit.guidance._unguided import conditions_in_turn, guided_by, unguided_sampler
+from genkit.sampling import AbstractSampler, Draws, Guidance, Sampler, Table, sample
+
+
+# The two evaluations that a step may make, as `LinearAG` numbers them.
+_FIRST = 0
+_CORRECTOR = 1
 
 
 def fit_linear_ag(
-    sampler: Any,
+    sampler: Table | AbstractSampler,
     denoiser: Callable,
     guidance: Guidance,
     num_samples: int,
     *,
     true_steps: Sequence[int] | range | Int[ArrayLike, " steps"],
     stop: int,
-    cond: Any = None,
-    x_init: Any = None,
+    cond: PyTree = None,
+    x_init: PyTree = None,
     shape: tuple[int, ...] | None = None,
     ridge: Float[ArrayLike, ""] | float = 1e-8,
     lags: int | None = None,
@@ -59,7 +66,7 @@ def fit_linear_ag(
         The coefficients. `.error` holds the relative error of each fit, `.num_evaluations` the evaluations per draw.
 
     Raises:
-        TypeError: if the guidance is none.
+        TypeError: if `guidance` is no guidance, or `sampler` no sampler.
         ValueError: for a guidance with another number of slots, steps out of range, or a sampler that does not fit.
 
     Example:
@@ -79,33 +86,46 @@ def fit_linear_ag(
     Source: Castillo et al., "Adaptive Guidance: Training-free Acceleration of Conditional Diffusion Models", AAAI 2025,
     section 5; ridge, scaling and roll-outs are ours.
     """
-    base, true = _checked(sampler, guidance, true_steps, stop)
+    base = unguided_sampler(sampler)
+    _check_two_predictions(guidance)
+    true = _marks(true_steps, stop, base.table.num_steps)
     check_count("num_samples", num_samples)
     check_positive("ridge", ridge)
     if lags is not None:
         check_count("lags", lags, 0)
-    table, places = base.table, _places(base.table)
+    regression = _Regression(_rows(base.table), stop, float(np.asarray(ridge)), lags)
 
-    def draw(fitted: np.ndarray, coefficients: np.ndarray) -> dict[str, np.ndarray]:
-        recorder = LinearAG(guidance, jnp.asarray(coefficients), jnp.asarray(fitted), jnp.asarray(stop), None, True)
-        skip = base.skip if base.skip != "static" else "dynamic"
-        run = dataclasses.replace(base, guidance=recorder, skip=skip, patterns=None)
+    def record(evaluated: Bool[np.ndarray, " stop 2"], coefficients: Float[np.ndarray, " stop 2 terms"]) -> _Recorded:
+        """Draw with true predictions where marked, fitted ones elsewhere; both predictions are made throughout."""
+        recorder = LinearAG(guidance, jnp.asarray(coefficients), jnp.asarray(evaluated), jnp.asarray(stop), None, True)
         draws = sample(
-            run, denoiser, num_samples, key=key, cond=cond, x_init=x_init, shape=shape, batch_size=batch_size
+            guided_by(base, recorder),
+            denoiser,
+            num_samples,
+            key=key,
+            cond=cond,
+            x_init=x_init,
+            shape=shape,
+            batch_size=batch_size,
         )
-        names = ("first", "used", "true")
-        return {name: np.asarray(draws.info[f"linear_{name}"], np.float64) for name in names}
+        # Regression is done in float64, whatever the draws were made in.
+        columns = (draws.info[f"linear_{name}"] for name in _Recorded._fields)
+        return _Recorded(*(np.asarray(column, np.float64) for column in columns))
 
     coefficients = np.zeros((stop, 2, 2 * stop + 1))
-    errors, fitted, seen = np.zeros((stop, 2)), np.ones((stop, 2), bool), None
-    for step in map(int, np.flatnonzero(~true)):
-        for kind in (0, 1):
-            if places[kind][step] < 0:
+    errors = np.zeros((stop, 2))
+    evaluated = np.ones((stop, 2), bool)
+    recorded = None
+    for step in np.flatnonzero(~true).tolist():
+        for kind in (_FIRST, _CORRECTOR):
+            if regression.rows[kind][step] < 0:
                 continue
-            if seen is None or rollout:
-                seen = draw(fitted, coefficients)
-            coefficients[step, kind], errors[step, kind] = _regress(seen, places, step, kind, stop, ridge, lags)
-            fitted[step, kind] = False
+            # Each step is fitted on draws that use the earlier fits. On the draws of the truth the coefficients of
+            # nearly collinear columns grow, feed back and diverge.
+            if recorded is None or rollout:
+                recorded = record(evaluated, coefficients)
+            coefficients[step, kind], errors[step, kind] = regression(recorded, step, kind)
+            evaluated[step, kind] = False
     number = jnp.result_type(float)
     return LinearFit(
         guidance,
@@ -113,7 +133,7 @@ def fit_linear_ag(
         jnp.asarray(true),
         jnp.asarray(stop),
         jnp.asarray(errors, number),
-        table,
+        base.table,
         digest(denoiser),
         digest(guidance),
     )
@@ -153,7 +173,7 @@ class LinearSampler(AbstractSampler):
     ridge: Float[Array, ""] = eqx.field(converter=as_number, default=1e-8, kw_only=True)
     takes_guidance: ClassVar[bool] = True
 
-    def fitted_to(self, denoiser: Callable, *, cond: Any, shape: tuple[int, ...], key: Key[Array, ""]) -> Sampler:
+    def fitted_to(self, denoiser: Callable, *, cond: PyTree, shape: tuple[int, ...], key: Key[Array, ""]) -> Sampler:
         """The sampler with coefficients fitted to a model.
 
         Args:
@@ -165,7 +185,9 @@ class LinearSampler(AbstractSampler):
         Returns:
             A table-driven sampler.
         """
-        turns = None if cond is None else cond[np.arange(self.num_samples) % len(cond)]
+        conditions = None
+        if cond is not None:
+            conditions = conditions_in_turn(cond, self.num_samples)
         fit = fit_linear_ag(
             self.table,
             denoiser,
@@ -173,7 +195,7 @@ class LinearSampler(AbstractSampler):
             self.num_samples,
             true_steps=self.true_steps,
             stop=self.stop,
-            cond=turns,
+            cond=conditions,
             shape=shape,
             ridge=self.ridge,
             key=key,
@@ -185,7 +207,7 @@ class LinearSampler(AbstractSampler):
         model: Callable,
         keys: Key[Array, " n"],
         *,
-        cond: Any,
+        cond: PyTree,
         x_init: Inexact[Array, " n *shape"] | None,
         shape: tuple[int, ...],
     ) -> Draws:
@@ -196,62 +218,109 @@ class LinearSampler(AbstractSampler):
         )
 
 
-def _checked(sampler: Any, guidance: Any, true_steps: Any, stop: Any) -> tuple[Sampler, np.ndarray]:
-    """The sampler, and which steps before `stop` make both predictions."""
-    base = as_sampler(sampler)
-    plain = isinstance(base, Sampler) and base.guidance is None
-    check(plain, "sampler", "a table or a table-driven sampler without guidance", type(base).__name__)
-    assert isinstance(base, Sampler), "checked above"
-    if not isinstance(guidance, Guidance):
-        raise TypeError(f"`guidance` must be a genkit guidance; got {describe(guidance)}.")
+def _check_two_predictions(guidance: Guidance) -> None:
+    check_guidance(guidance)
     slots = guidance.slots()
-    two = len(slots) == 2 and not any(slot.second_stage for slot in slots)
-    check(two, "guidance", "one that compares two predictions, such as `cfg`", f"{[s.name for s in slots]}")
+    # A second-stage slot follows from the first prediction of its own step: there is nothing to predict from past ones.
+    if len(slots) != 2 or any(slot.second_stage for slot in slots):
+        fail("guidance", "one that compares two predictions, such as `cfg`", f"{[slot.name for slot in slots]}")
+
+
+def _marks(
+    true_steps: Sequence[int] | range | Int[ArrayLike, " steps"], stop: int, num_steps: int
+) -> Bool[np.ndarray, " stop"]:
+    """True for the steps before `stop` in which both predictions are made."""
     check_count("stop", stop)
-    check_interval("stop", stop, 1, base.table.num_steps)
-    marks = np.asarray(true_steps, int)
-    check(marks.ndim == 1 and 0 in marks, "true_steps", "a list of steps with 0 among them", str(true_steps))
-    check_interval("true_steps", marks, 0, stop - 1)
+    check_interval("stop", stop, 1, num_steps)
+    steps = np.asarray(true_steps, int)
+    # In step 0 there is no past.
+    check(steps.ndim == 1 and 0 in steps, "true_steps", "a list of steps with 0 among them", str(true_steps))
+    check_interval("true_steps", steps, 0, stop - 1)
     true = np.zeros(stop, bool)
-    true[marks] = True
-    return base, true
+    true[steps] = True
+    return true
 
 
-def _places(table: Any) -> tuple[np.ndarray, np.ndarray]:
+def _rows(table: Table) -> Int[np.ndarray, " 2 num_steps"]:
     """Rows of the first evaluation and of the corrector of each step; -1 where there is none."""
-    step, corrector, evaluate = (np.asarray(c) for c in (table.step, table.corrector, table.evaluate))
-    places = np.full((2, table.num_steps), -1)
-    for row in np.flatnonzero(evaluate):
+    step = np.asarray(table.step)
+    corrector = np.asarray(table.corrector)
+    rows = np.full((2, table.num_steps), -1)
+    for row in np.flatnonzero(np.asarray(table.evaluate)):
         kind = int(corrector[row])
-        what = "a table with at most one corrector evaluation per step"
-        check(places[kind, step[row]] < 0, "sampler", what, f"two in step {step[row]}")
-        places[kind, step[row]] = row
-    check(bool((places[0] >= 0).all()), "sampler", "a table that evaluates in every step", "one that does not")
-    return places[0], places[1]
+        if rows[kind, step[row]] >= 0:
+            fail("sampler", "a table with at most one corrector evaluation per step", f"two in step {step[row]}")
+        rows[kind, step[row]] = row
+    is_whole = bool((rows[_FIRST] >= 0).all())
+    check(is_whole, "sampler", "a table that evaluates in every step", "one that does not")
+    return rows
 
 
-def _regress(
-    seen: dict[str, np.ndarray],
-    places: tuple[np.ndarray, np.ndarray],
-    step: int,
-    kind: int,
-    stop: int,
-    ridge: Any,
-    lags: int | None,
-) -> tuple[np.ndarray, float]:
-    """Coefficients of one prediction, in the order that `LinearAG` uses, and its relative error."""
-    row, past = places[kind][step], step + kind
-    steps = np.arange(0 if lags is None else max(past - lags, 0), past)
-    rows = places[0][steps]
-    flat = lambda name, at: seen[name][:, at].reshape(-1)
-    columns = [flat("first", r) for r in rows] + [flat("used", r) for r in rows] + [flat("first", row)]
-    design, target = np.stack(columns, axis=1), flat("true", row)
+class _Recorded(NamedTuple):
+    """Noise predictions of draws `(n, rows, *shape)`: the first ones, the second ones in use, the true second ones."""
+
+    first: Float[np.ndarray, " n rows *shape"]
+    used: Float[np.ndarray, " n rows *shape"]
+    true: Float[np.ndarray, " n rows *shape"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Regression:
+    """Ridge regression of one second noise prediction on present and past ones.
+
+    Args:
+        rows: rows of the table that evaluate, by kind and step.
+        stop: number of guided steps.
+        ridge: ridge relative to the squared norm of the columns.
+        lags: number of past steps to use; `None` for all.
+    """
+
+    rows: Int[np.ndarray, " 2 num_steps"]
+    stop: int
+    ridge: float
+    lags: int | None
+
+    def __call__(self, recorded: _Recorded, step: int, kind: int) -> tuple[Float[np.ndarray, " terms"], float]:
+        """Coefficients of one prediction, in the order that `LinearAG` uses, and its relative error."""
+        row = self.rows[kind][step]
+        steps = self._past(step, kind)
+        rows = self.rows[_FIRST][steps]
+        # Every entry of every draw is one row of the regression.
+        columns = [recorded.first[:, past].reshape(-1) for past in rows]
+        columns += [recorded.used[:, past].reshape(-1) for past in rows]
+        columns.append(recorded.first[:, row].reshape(-1))
+        design = np.stack(columns, axis=1)
+        target = recorded.true[:, row].reshape(-1)
+        solution = _solve_ridge(design, target, self.ridge)
+        weights = np.zeros(2 * self.stop + 1)
+        weights[steps] = solution[: len(steps)]
+        weights[self.stop + steps] = solution[len(steps) : -1]
+        weights[-1] = solution[-1]
+        return weights, _relative_error(design @ solution, target)
+
+    def _past(self, step: int, kind: int) -> Int[np.ndarray, " past"]:
+        """Steps whose predictions are known; to a corrector that of its own step is."""
+        end = step + kind
+        start = 0
+        if self.lags is not None:
+            start = max(end - self.lags, 0)
+        return np.arange(start, end)
+
+
+def _solve_ridge(
+    design: Float[np.ndarray, " n terms"], target: Float[np.ndarray, " n"], ridge: float
+) -> Float[np.ndarray, " terms"]:
+    """Least squares with a penalty on the coefficients of the columns of unit norm."""
     size = np.linalg.norm(design, axis=0)
     size = np.where(size > 0, size, 1.0)
     # Ridge as further rows: normal equations would square the condition number.
-    extended = np.concatenate([design / size, np.sqrt(float(np.asarray(ridge))) * np.eye(len(size))])
-    solution = np.linalg.lstsq(extended, np.concatenate([target, np.zeros(len(size))]), rcond=None)[0] / size
-    weights = np.zeros(2 * stop + 1)
-    weights[steps], weights[stop + steps], weights[-1] = *np.split(solution[:-1], 2), solution[-1]
-    miss, norm = np.linalg.norm(design @ solution - target), np.linalg.norm(target)
-    return weights, float(miss / norm) if norm > 0 else 0.0
+    extended = np.concatenate([design / size, np.sqrt(ridge) * np.eye(len(size))])
+    wanted = np.concatenate([target, np.zeros(len(size))])
+    return np.linalg.lstsq(extended, wanted, rcond=None)[0] / size
+
+
+def _relative_error(fitted: Float[np.ndarray, " n"], target: Float[np.ndarray, " n"]) -> float:
+    size = np.linalg.norm(target)
+    if size == 0:
+        return 0.0
+    return float(np.linalg.norm(fitted - target) / size)

@@ -1,15 +1,15 @@
 """Weak-to-strong reflection: a step of the strong model undone by a weak one, before each step."""
 
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 
-from genkit._core._checks import check, check_choice, describe, is_concrete
+from genkit._core._checks import check_choice, describe
 from genkit._core._fields import as_number
-from genkit.sampling import Context, StepTransform, check_net_labels
+from genkit.guidance._window import check_window, in_window
+from genkit.sampling import Context, Stepping, StepTransform, Table, check_net_labels
 
 
 class Reflect(StepTransform):
@@ -22,36 +22,29 @@ class Reflect(StepTransform):
     at: str = eqx.field(default="start", init=False, static=True)
 
     def __check_init__(self) -> None:
-        """Refuse what cannot be called, empty intervals and unknown levels."""
+        """Refuse objects that cannot be called, empty intervals and unknown levels."""
         if not callable(self.weak):
             raise TypeError(
                 f"`weak` must be a denoiser, a callable (x, sigma, cond=None) -> x0; got {describe(self.weak)}."
             )
         check_choice("level", self.level, ("next", "start"))
-        if is_concrete(self.sigma_lo) and is_concrete(self.sigma_hi):
-            low, high = float(self.sigma_lo), float(self.sigma_hi)
-            check(0 <= low < high, "sigma_lo", "non-negative and below `sigma_hi`", f"{low:g} and {high:g}")
+        check_window(self.sigma_lo, self.sigma_hi)
 
-    def check_draw(self, table: Any, model: Any, cond: Any) -> None:
-        """Refuse labels that the weak model does not know."""
+    def check_draw(self, table: Table, model: Callable, cond: PyTree) -> None:
         check_net_labels("weak", self.weak, cond)
 
-    def init(self, x: Float[Array, " n *shape"]) -> None:
-        """No carry."""
-        return
-
     def active(self, ctx: Context) -> Bool[Array, ""]:
-        """Within the interval, but not in a step to zero noise, from which nothing leads back, nor in the last."""
-        inside = (self.sigma_lo < ctx.sigma_start) & (ctx.sigma_start <= self.sigma_hi)
-        return inside & (ctx.sigma_next > 0) & (ctx.step < ctx.num_steps - 1)
+        # Nothing leads back from a step to zero noise, and what a reflection moves in the last step is not denoised.
+        is_inner = (ctx.sigma_next > 0) & (ctx.step < ctx.num_steps - 1)
+        return in_window(self.sigma_lo, self.sigma_hi, ctx.sigma_start) & is_inner
 
     def __call__(
-        self, x: Float[Array, " n *shape"], carry: Any, ctx: Context, step: Any
-    ) -> tuple[Float[Array, " n *shape"], Any]:
-        """Forward and back."""
+        self, x: Float[Array, " n *shape"], carry: PyTree, ctx: Context, step: Stepping
+    ) -> tuple[Float[Array, " n *shape"], PyTree]:
         after = step(x, ctx.sigma, ctx.sigma_next)
         if self.level == "next":
             return step(after, ctx.sigma_next, ctx.sigma, net=self.weak), carry
+        # The code of the authors asks the weak model at the level of the target, though the state is at the next one.
         x0 = step.denoise(after, ctx.sigma, net=self.weak)
         return x0 + jnp.asarray(ctx.sigma / ctx.sigma_next, x.dtype) * (after - x0), carry
 

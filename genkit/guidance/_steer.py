@@ -1,25 +1,29 @@
-"""Populations: Feynman-Kac steering by a reward, and exact products of conditional laws by weights."""
+"""Populations: Feynman-Kac steering by a reward, and exact products of conditional distributions by weights."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
-from genkit._core._checks import check, check_count, check_interval, describe, is_concrete
+from genkit._core._checks import check, check_count, check_interval, describe, fail
 from genkit._core._fields import as_number
+from genkit._core._known import is_known
 from genkit._core._resampling import effective_sample_size, systematic_resample
 from genkit.guidance._linear import as_condition
+from genkit.guidance._types import Combined, Needs
 from genkit.guidance._vectors import inner
-from genkit.guidance._weights import Scale, as_weight
-from genkit.sampling import Context, Guidance, Hooks, Population, Prediction, Slot, StepEvent
+from genkit.guidance._weights import AbstractWeight, Scale, as_weight
+from genkit.sampling import Context, Guidance, Hooks, Population, Prediction, Slot, StepEvent, Table
+
+
+_REPORTED = ("log_evidence", "log_weights", "ess")
 
 
 class Particles(eqx.Module):
-    """When particles are resampled, and what is kept of their weights."""
+    """Resampling of the particles of one population, and the weights and evidence that they carry."""
 
     ess: Float[Array, ""] = eqx.field(converter=as_number)
     every: Int[Array, ""] = eqx.field(converter=jnp.asarray)
@@ -32,72 +36,71 @@ class Particles(eqx.Module):
         check_interval("ess", self.ess, 0, 1)
         check_interval("every", self.every, 1)
 
-    def init(self, x: Array) -> dict[str, Array]:
-        """Equal weights."""
+    def init(self, x: Float[Array, " k *shape"]) -> dict[str, Array]:
+        """Equal weights before the first step."""
         zero = jnp.zeros((), x.dtype)
         return {"log_weights": jnp.zeros(self.num_particles, x.dtype), "log_evidence": zero, "ess": zero}
 
-    def update(self, increments: Array, carry: dict[str, Array], ctx: Context) -> tuple[Array, dict[str, Array]]:
-        """Weigh, and resample where the effective number is low or the draw ends."""
+    def update(
+        self, increments: Float[Array, " k"], carry: dict[str, Array], ctx: Context
+    ) -> tuple[Int[Array, " k"], dict[str, Array]]:
+        """Weigh the particles, and resample where their effective number is low or the draw ends."""
         log_weights = carry["log_weights"] + increments.astype(carry["log_weights"].dtype)
         size = effective_sample_size(log_weights)
-        last = ctx.step == ctx.num_steps - 1
-        due = ((ctx.step + 1) % self.every == 0) & (size < self.ess * self.num_particles)
+        is_last = ctx.step == ctx.num_steps - 1
+        is_due = ((ctx.step + 1) % self.every == 0) & (size < self.ess * self.num_particles)
         # A population whose weights have all died stays as it is; its evidence says so.
-        sound = jnp.isfinite(jnp.max(log_weights))
-        due = jnp.where(last, self.resample_last, due) & sound
-        safe = jnp.where(sound, log_weights, 0)
-        ancestors = jnp.where(due, systematic_resample(safe, key=ctx.key), jnp.arange(self.num_particles))
-        mean = jax.nn.logsumexp(log_weights) - np.log(self.num_particles)
-        settled = due | last
+        is_alive = jnp.isfinite(jnp.max(log_weights))
+        is_due = jnp.where(is_last, self.resample_last, is_due) & is_alive
+        safe = jnp.where(is_alive, log_weights, 0)
+        ancestors = jnp.where(is_due, systematic_resample(safe, key=ctx.key), jnp.arange(self.num_particles))
+        # The evidence is the product of the mean weights between resamplings, each taken once: when the weights are
+        # reset, and at the end.
+        log_mean = jax.nn.logsumexp(log_weights) - np.log(self.num_particles)
         return ancestors, {
-            "log_weights": jnp.where(due, 0, log_weights),
-            "log_evidence": carry["log_evidence"] + jnp.where(settled, mean, 0),
-            "ess": jnp.where(last, size, carry["ess"]),
+            "log_weights": jnp.where(is_due, 0, log_weights),
+            "log_evidence": carry["log_evidence"] + jnp.where(is_due | is_last, log_mean, 0),
+            "ess": jnp.where(is_last, size, carry["ess"]),
         }
 
 
 class Steer(Population):
-    """Weights by what a reward of the prediction gains from step to step."""
+    """Particles weighed by the gain of a reward of the prediction from step to step."""
 
     reward: Callable
     particles: Particles
 
     def __init__(self, reward: Callable, particles: Particles):
-        self.reward, self.particles = reward, particles
+        self.reward = reward
+        self.particles = particles
 
     @property
     def num_particles(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Particles per population."""
         return self.particles.num_particles
 
-    def init(self, x: Float[Array, " k *shape"]) -> Any:
-        """No reward so far."""
+    def init(self, x: Float[Array, " k *shape"]) -> PyTree[Array]:
         return self.particles.init(x) | {"reward": jnp.zeros(len(x), x.dtype), "failed": jnp.zeros((), jnp.int32)}
 
-    def update(self, event: StepEvent, carry: Any, ctx: Context) -> tuple[Int[Array, " k"], Any]:
-        """Weigh by the gain in reward; after the last step by that of the draw itself."""
-        last = ctx.step == ctx.num_steps - 1
-        reward = jax.vmap(self.reward)(jnp.where(last & (ctx.sigma == 0), event.x, event.x0))
-        check(
-            reward.shape == (len(event.x),), "reward", "a function that returns a scalar", f"shape {reward.shape[1:]}"
-        )
-        lost = jnp.isnan(reward)
-        reward = jnp.where(lost, -jnp.inf, reward).astype(carry["reward"].dtype)
+    def update(self, event: StepEvent, carry: PyTree, ctx: Context) -> tuple[Int[Array, " k"], PyTree]:
+        # After a last step to zero noise the draw itself is known, and no prediction of it is needed.
+        is_last = ctx.step == ctx.num_steps - 1
+        reward = jax.vmap(self.reward)(jnp.where(is_last & (ctx.sigma == 0), event.x, event.x0))
+        if reward.shape != (len(event.x),):
+            fail("reward", "a function that returns a scalar", f"shape {reward.shape[1:]}")
+        is_nan = jnp.isnan(reward)
+        reward = jnp.where(is_nan, -jnp.inf, reward).astype(carry["reward"].dtype)
         # A particle that was lost stays lost until it is resampled: -inf minus -inf is no gain.
         gain = jnp.where(jnp.isneginf(reward), -jnp.inf, reward - carry["reward"])
         ancestors, new = self.particles.update(gain, carry, ctx)
         kept = jnp.where(jnp.isneginf(reward), 0, reward)[ancestors]
-        return ancestors, new | {"reward": kept, "failed": carry["failed"] + jnp.sum(lost, dtype=jnp.int32)}
+        return ancestors, new | {"reward": kept, "failed": carry["failed"] + jnp.sum(is_nan, dtype=jnp.int32)}
 
-    def report(self, carry: Any) -> dict[str, Array]:
-        """Evidence, weights, and how many rewards were NaN."""
-        names = ("log_evidence", "log_weights", "ess")
-        return {name: carry[name] for name in names} | {"reward_failed": carry["failed"]}
+    def report(self, carry: PyTree) -> dict[str, Array]:
+        return {name: carry[name] for name in _REPORTED} | {"reward_failed": carry["failed"]}
 
-    def check_draw(self, table: Any, model: Any, cond: Any) -> None:
-        """Refuse samplers that add no noise."""
-        check_noise("steer", table)
+    def check_draw(self, table: Table, model: Callable, cond: PyTree) -> None:
+        check_reverse_diffusion("steer", table)
 
 
 def steer(
@@ -151,39 +154,36 @@ def steer(
 
 
 class Product(Guidance):
-    """The drift of a product of conditional laws, and the rate of its weights."""
+    """Drift of a product of conditional distributions, and rate of its weights."""
 
     predictions: tuple[Slot, ...]
-    weights: tuple[Any, ...]
+    weights: tuple[AbstractWeight, ...]
 
     def slots(self) -> tuple[Slot, ...]:
-        """The factors."""
         return self.predictions
 
-    def init(self, x: Float[Array, " *shape"]) -> None:
-        """No carry."""
-        return
-
-    def needs(self, carry: Any, ctx: Context) -> Mapping[str, bool | Bool[Array, ""]]:
-        """What has a weight."""
+    def needs(self, carry: PyTree, ctx: Context) -> Needs:
         return {slot.name: w(ctx) != 0 for slot, w in zip(self.predictions, self.weights, strict=True)}
 
-    def combine(
-        self, preds: Mapping[str, Prediction], ctx: Context, carry: Any
-    ) -> tuple[Float[Array, " *shape"], Any, dict[str, Array]]:
-        """The weighted sum of scores as a prediction, and the rate of the log-weight."""
-        total, squares = jnp.zeros_like(ctx.x), jnp.zeros((), ctx.x.dtype)
-        for slot, weight in zip(self.predictions, self.weights, strict=True):
-            w, pred = weight(ctx).astype(ctx.x.dtype), preds[slot.name]
-            shift = jnp.where(pred.present, pred.x0 - ctx.x, 0)  # sigma^2 times the score
-            total, squares = total + w * shift, squares + w * inner(shift, shift).astype(ctx.x.dtype)
-        rate = (inner(total, total).astype(ctx.x.dtype) - squares) / ctx.sigma**4
-        excess = sum((w(ctx) for w in self.weights), jnp.zeros(())) - 1
-        return ctx.x + total, carry, {"fkc_rate": rate, "fkc_excess": excess.astype(ctx.x.dtype)}
+    def combine(self, preds: Mapping[str, Prediction], ctx: Context, carry: PyTree) -> Combined:
+        dtype = ctx.x.dtype
+        weights = [weight(ctx) for weight in self.weights]
+        total = jnp.zeros_like(ctx.x)
+        squares = jnp.zeros((), dtype)
+        for slot, weight in zip(self.predictions, weights, strict=True):
+            pred = preds[slot.name]
+            # sigma^2 times the score, by Tweedie; of a factor that was not evaluated the weight is zero.
+            shift = jnp.where(pred.present, pred.x0 - ctx.x, 0)
+            total = total + weight.astype(dtype) * shift
+            squares = squares + weight.astype(dtype) * inner(shift, shift).astype(dtype)
+        # || sum_i w_i s_i ||^2 - sum_i w_i || s_i ||^2
+        rate = (inner(total, total).astype(dtype) - squares) / ctx.sigma**4
+        excess = sum(weights, jnp.zeros(())) - 1
+        return ctx.x + total, carry, {"fkc_rate": rate, "fkc_excess": excess.astype(dtype)}
 
 
-class Corrected(Population):
-    """Feynman-Kac weights that make the product exact."""
+class ProductWeights(Population):
+    """Feynman-Kac weights that make the draws of a `Product` exact."""
 
     particles: Particles
 
@@ -195,36 +195,36 @@ class Corrected(Population):
         """Particles per population."""
         return self.particles.num_particles
 
-    def init(self, x: Float[Array, " k *shape"]) -> Any:
-        """Equal weights."""
+    def init(self, x: Float[Array, " k *shape"]) -> PyTree[Array]:
         return self.particles.init(x)
 
-    def update(self, event: StepEvent, carry: Any, ctx: Context) -> tuple[Int[Array, " k"], Any]:
-        """Weigh by the rate over the step; in the first step also for starting from one Gaussian."""
+    def update(self, event: StepEvent, carry: PyTree, ctx: Context) -> tuple[Int[Array, " k"], PyTree]:
+        # d log W = rate / 2 * d sigma^2, by Euler over the step as the states are.
         gain = event.aux["fkc_rate"] * (ctx.sigma_start**2 - ctx.sigma**2) / 2
-        size, level = event.x_prev[0].size, ctx.sigma_start
+        # States start from N(0, sigma^2 I), while the product of the noised factors is that density to the power of the
+        # sum of the weights: its excess over 1 is a weight of the start, counted in the first step.
+        level = ctx.sigma_start
         square = jax.vmap(inner)(event.x_prev, event.x_prev) / level**2
-        start = -event.aux["fkc_excess"] * (square + size * jnp.log(2 * jnp.pi * level**2)) / 2
+        log_density = -(square + event.x_prev[0].size * jnp.log(2 * jnp.pi * level**2)) / 2
+        start = event.aux["fkc_excess"] * log_density
         return self.particles.update(gain + jnp.where(ctx.step == 0, start, 0), carry, ctx)
 
-    def report(self, carry: Any) -> dict[str, Array]:
-        """Evidence and weights."""
-        return {name: carry[name] for name in ("log_evidence", "log_weights", "ess")}
+    def report(self, carry: PyTree) -> dict[str, Array]:
+        return {name: carry[name] for name in _REPORTED}
 
-    def check_draw(self, table: Any, model: Any, cond: Any) -> None:
-        """Refuse samplers whose steps are not those of the reverse diffusion."""
-        check_noise("fkc", table)
+    def check_draw(self, table: Table, model: Callable, cond: PyTree) -> None:
+        check_reverse_diffusion("fkc", table)
 
 
 def fkc(
-    weights: Mapping[Any, Scale],
+    weights: Mapping[Hashable, Scale],
     num_particles: int,
     *,
     ess: Float[ArrayLike, ""] | float = 0.5,
     every: int = 1,
     resample_last: bool = True,
 ) -> Hooks:
-    r"""Exact draws from a product of conditional laws, $\prod_i p_i(x)^{w_i}$, by Feynman-Kac weights.
+    r"""Exact draws from a product of conditional distributions, $\prod_i p_i(x)^{w_i}$, by Feynman-Kac weights.
 
     Linear guidance with these weights does not draw from the product, because noising does not commute with
     multiplication. Here particles follow the reverse diffusion with the score $\sum_i w_i s_i$ and are weighed by
@@ -232,7 +232,7 @@ def fkc(
     $$d \log W = \tfrac12 \Big( \big\| \textstyle\sum_i w_i s_i \big\|^2 - \sum_i w_i \|s_i\|^2 \Big)\, d\sigma^2,$$
 
     which makes them exact in the limit of many particles and small steps. The weights need not sum to one: `{3: 2.0}` is
-    the square of a law, `{3: 1.0, 5: 1.0, None: -1.0}` a product of experts over a prior.
+    the square of a density, `{3: 1.0, 5: 1.0, None: -1.0}` a product of experts over a prior.
 
     Args:
         weights: condition to weight $w_i$; the key `None` stands for no condition, `"given"` for that of the draw.
@@ -258,33 +258,47 @@ def fkc(
     check(len(weights) > 0, "weights", "a dict of at least one condition", "an empty one")
     slots = tuple(_factor(cond) for cond in weights)
     product = Product(slots, tuple(as_weight(w) for w in weights.values()))
-    return Hooks(product, (), Corrected(Particles(ess, every, num_particles, resample_last)))
+    return Hooks(product, (), ProductWeights(Particles(ess, every, num_particles, resample_last)))
 
 
-def _factor(cond: Any) -> Slot:
-    """The evaluation of a factor."""
+def _factor(cond: Hashable) -> Slot:
+    """The evaluation of a factor of the product."""
     if cond is None:
         return Slot("uncond", cond="null")
     if isinstance(cond, str):
-        check(cond == "given", "weights", "a dict over conditions, None and 'given'", repr(cond))
+        if cond != "given":
+            fail("weights", "a dict over conditions, None and 'given'", repr(cond))
         return Slot("cond")
     return Slot(f"cond_{cond}", cond=as_condition(cond))
 
 
-def check_noise(name: str, table: Any) -> None:
-    """Refuse tables whose steps are not first-order steps of the reverse diffusion."""
-    if not all(map(is_concrete, jax.tree.leaves(table))):
+def check_reverse_diffusion(name: str, table: Table) -> None:
+    """Refuse tables whose steps are not first-order steps of the reverse diffusion.
+
+    A step from level s to level t is x' = k x + (1 - k) D + f z. With the coefficients of the exact kernel
+    k = (t / s)^2, with frozen ones (Euler-Maruyama) k = 2 t / s - 1 and f^2 = 2 s (s - t).
+    """
+    if not is_known(table):
         return
-    s, t = np.asarray(table.sigma_start, np.float64), np.asarray(table.sigma_next, np.float64)
-    on = np.asarray(table.evaluate)
-    s, t, kept, fresh = s[on], t[on], np.asarray(table.a, np.float64)[on], np.asarray(table.c, np.float64)[on]
-    # Exact coefficients: between the posterior variance of data that are one point (ancestral) and the variance of the
-    # reverse diffusion, where that of every law of data lies. Frozen ones: Euler-Maruyama, but for a last step to zero.
-    least, most = t**2 * (1 - (t / s) ** 2), s**2 - t**2
-    noisy = (fresh**2 >= least * (1 - 1e-4)) & (fresh**2 <= most * (1 + 1e-4))
-    exact = noisy & np.isclose(kept, (t / s) ** 2, rtol=1e-4, atol=1e-6)
-    frozen = np.isclose(fresh**2, 2 * s * (s - t), rtol=1e-4) & np.isclose(kept, 2 * t / s - 1, rtol=1e-4, atol=1e-6)
-    steps = len(s) == table.num_steps and bool(np.all(exact | frozen))
-    hint = "Use `gk.diffusion.ancestral(grid)` or `gk.diffusion.euler_maruyama(grid)`."
-    what = f"first-order steps of the reverse diffusion with `{name}`, whose particles part through its noise"
-    check(steps, "sampler", what, "a table of another kind", hint)
+    rows = np.asarray(table.evaluate)
+    s = np.asarray(table.sigma_start, np.float64)[rows]
+    t = np.asarray(table.sigma_next, np.float64)[rows]
+    kept = np.asarray(table.a, np.float64)[rows]
+    variance = np.asarray(table.c, np.float64)[rows] ** 2
+    # The variance of the exact kernel depends on the data: it lies between the posterior variance of data that are one
+    # point (ancestral) and the variance of the reverse diffusion.
+    least = t**2 * (1 - (t / s) ** 2)
+    most = s**2 - t**2
+    # Tables are built in float64, yet may have passed through float32: hence the slack.
+    is_noisy = (variance >= least * (1 - 1e-4)) & (variance <= most * (1 + 1e-4))
+    is_exact = is_noisy & np.isclose(kept, (t / s) ** 2, rtol=1e-4, atol=1e-6)
+    is_frozen = np.isclose(variance, 2 * s * (s - t), rtol=1e-4) & np.isclose(kept, 2 * t / s - 1, rtol=1e-4, atol=1e-6)
+    # One evaluation in each step: correctors and multistep rows are of another kind.
+    if len(s) == table.num_steps and np.all(is_exact | is_frozen):
+        return
+    fail(
+        "sampler",
+        f"first-order steps of the reverse diffusion with `{name}`, whose particles part through its noise",
+        "a table of another kind",
+        "Use `gk.diffusion.ancestral(grid)` or `gk.diffusion.euler_maruyama(grid)`.",
+    )

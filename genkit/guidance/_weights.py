@@ -2,15 +2,16 @@
 
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float, PyTree, Shaped
 
-from genkit._core._checks import check, check_finite, describe, is_concrete
+from genkit._core._checks import check, check_finite, describe, fail
 from genkit._core._fields import as_number
-from genkit.sampling import AbstractPart, Context
+from genkit._core._known import is_known
+from genkit.sampling import AbstractPart, Context, Table
 
 
 class AbstractWeight(AbstractPart):
@@ -50,7 +51,6 @@ class Constant(AbstractWeight):
     """
 
     value: Float[Array, ""] = eqx.field(converter=as_number)
-    needs_grid: bool = eqx.field(default=False, init=False, static=True)
 
     def __check_init__(self) -> None:
         """Refuse scales that are not one finite number."""
@@ -58,7 +58,6 @@ class Constant(AbstractWeight):
         check_finite("scale", self.value)
 
     def __call__(self, ctx: Context) -> Float[Array, ""]:
-        """The constant."""
         return self.value
 
 
@@ -80,7 +79,7 @@ class PerStep(AbstractWeight):
     """
 
     values: Float[Array, " num_steps"] = eqx.field(converter=as_number)
-    needs_grid: bool = eqx.field(default=True, init=False, static=True)
+    needs_grid: ClassVar[bool] = True
 
     def __check_init__(self) -> None:
         """Refuse anything but a finite column."""
@@ -88,11 +87,10 @@ class PerStep(AbstractWeight):
         check_finite("scale", self.values)
 
     def __call__(self, ctx: Context) -> Float[Array, ""]:
-        """The entry of the step."""
+        # Past the end JAX would repeat the last entry: `check_draw` has compared the lengths.
         return self.values[ctx.step]
 
-    def check_draw(self, table: Any, model: Any, cond: Any) -> None:
-        """Refuse another number of steps."""
+    def check_draw(self, table: Table, model: Callable, cond: PyTree) -> None:
         check_steps("scale", self.values, table)
 
 
@@ -112,10 +110,9 @@ class Ramp(AbstractWeight):
     first: Float[Array, ""] = eqx.field(converter=as_number)
     last: Float[Array, ""] = eqx.field(converter=as_number)
     power: Float[Array, ""] = eqx.field(converter=as_number, default=1.0)
-    needs_grid: bool = eqx.field(default=True, init=False, static=True)
+    needs_grid: ClassVar[bool] = True
 
     def __call__(self, ctx: Context) -> Float[Array, ""]:
-        """The scale of the step."""
         return self.first + (self.last - self.first) * _progress(ctx, self.power)
 
 
@@ -135,10 +132,9 @@ class PowerCosine(AbstractWeight):
 
     scale: Float[Array, ""] = eqx.field(converter=as_number)
     power: Float[Array, ""] = eqx.field(converter=as_number, default=1.0)
-    needs_grid: bool = eqx.field(default=True, init=False, static=True)
+    needs_grid: ClassVar[bool] = True
 
     def __call__(self, ctx: Context) -> Float[Array, ""]:
-        """The scale of the step."""
         return 1 + (self.scale - 1) * (1 - jnp.cos(jnp.pi * _progress(ctx, self.power))) / 2
 
 
@@ -155,10 +151,8 @@ class FunctionOfSigma(AbstractWeight):
     """
 
     fn: Callable
-    needs_grid: bool = eqx.field(default=False, init=False, static=True)
 
     def __call__(self, ctx: Context) -> Float[Array, ""]:
-        """The function of the noise level."""
         return jnp.asarray(self.fn(ctx.sigma_start))
 
 
@@ -177,7 +171,7 @@ class CFGPlusPlus(AbstractWeight):
     """  # noqa: E501
 
     strength: Float[Array, ""] = eqx.field(converter=as_number)
-    needs_grid: bool = eqx.field(default=True, init=False, static=True)
+    needs_grid: ClassVar[bool] = True
 
     def __check_init__(self) -> None:
         """Refuse what is not one finite number."""
@@ -185,7 +179,8 @@ class CFGPlusPlus(AbstractWeight):
         check_finite("strength", self.strength)
 
     def __call__(self, ctx: Context) -> Float[Array, ""]:
-        """The scale of the step."""
+        # With r = sigma' / sigma a step of DDIM is x' = (1 - r) D + r x, and one of CFG++
+        # x' = (1 - r) D_uncond + r x + lambda (D_cond - D_uncond): the same where (1 - r) w = lambda.
         return self.strength / (1 - ctx.sigma_next / ctx.sigma_start)
 
 
@@ -194,27 +189,37 @@ class Complement(AbstractWeight):
 
     weight: AbstractWeight
 
-    def __init__(self, weight: AbstractWeight):
-        self.weight = weight
-
     @property
     def needs_grid(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """As the other weight."""
+        """True if the other weight needs it."""
         return self.weight.needs_grid
 
     def __call__(self, ctx: Context) -> Float[Array, ""]:
-        """What is left."""
         return 1 - self.weight(ctx)
+
+
+class Negated(AbstractWeight):
+    """Minus another weight."""
+
+    weight: AbstractWeight
+
+    @property
+    def needs_grid(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """True if the other weight needs it."""
+        return self.weight.needs_grid
+
+    def __call__(self, ctx: Context) -> Float[Array, ""]:
+        return -self.weight(ctx)
 
 
 Scale = AbstractWeight | ArrayLike | float | list
 
 
-def as_weight(scale: Any) -> AbstractWeight:
+def as_weight(scale: Scale | Callable) -> AbstractWeight:
     """A number, an array with one entry per step, or a weight, as a weight."""
     if isinstance(scale, AbstractWeight):
         return scale
-    if callable(scale) and not hasattr(scale, "dtype"):
+    if callable(scale):
         raise TypeError(
             f"`scale` must be a number, an array or a weight; got {describe(scale)}. Wrap a function of the noise "
             "level: `gk.guidance.FunctionOfSigma(fn)`."
@@ -223,17 +228,21 @@ def as_weight(scale: Any) -> AbstractWeight:
         value = as_number(scale)
     except TypeError:
         raise TypeError(f"`scale` must be a number, one number per step, or a weight; got {describe(scale)}.") from None
-    return Constant(value) if value.ndim == 0 else PerStep(value)
+    if value.ndim == 0:
+        return Constant(value)
+    return PerStep(value)
 
 
-def check_steps(name: str, values: Any, table: Any) -> None:
+def check_steps(name: str, values: Shaped[Array, " num_steps"], table: Table) -> None:
     """Refuse a column that has not one entry per step of the table."""
-    if is_concrete(table.step):
-        steps = table.num_steps
-        check(values.shape == (steps,), name, f"one number per step ({steps})", f"{values.shape[0]} numbers")
+    if not is_known(table.step):
+        return
+    steps = table.num_steps
+    if values.shape != (steps,):
+        fail(name, f"one number per step ({steps})", f"{values.shape[0]} numbers")
 
 
-def _progress(ctx: Context, power: Array) -> Array:
+def _progress(ctx: Context, power: Float[Array, ""]) -> Float[Array, ""]:
     """From 0 in the first step to 1 in the last, to a power."""
     # A single step counts as the last one.
     last = jnp.maximum(ctx.num_steps - 1, 1)

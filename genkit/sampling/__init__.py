@@ -19,6 +19,7 @@ from genkit.sampling._hooks import (
     Hooks as Hooks,
     Population as Population,
     StepEvent as StepEvent,
+    Stepping as Stepping,
     StepTransform as StepTransform,
 )
 from genkit.sampling._part import AbstractPart as AbstractPart

@@ -7,7 +7,7 @@ Three small ones, from the plain to the composed:
    `uncond + scale * (cond - uncond)`. At scale 1 its `needs` says that the second is not needed, and the drawing loop
    does not evaluate it.
 3. `cfg(3) + autoguide(weak, 2)` is a `Sum`: the slots of both, of which equal ones are evaluated once; each part
-   combines its own, and the differences from the plain prediction add up. `cfg(3) >> Rescale(0.7)` is a `Transformed`.
+   combines its own, and the differences from the plain prediction add up. `cfg(3) >> NormCap()` is a `Transformed`.
 """
 
 import abc
@@ -147,8 +147,8 @@ class Transformed(Guidance):
 
     Example:
         >>> import genkit as gk
-        >>> rescaled = gk.guidance.cfg(4.0) >> gk.guidance.Rescale(0.7)
-        >>> type(rescaled).__name__, len(rescaled.slots())
+        >>> capped = gk.guidance.cfg(4.0) >> gk.guidance.NormCap()
+        >>> type(capped).__name__, len(capped.slots())
         ('Transformed', 2)
     """
 

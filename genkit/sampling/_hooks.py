@@ -14,7 +14,18 @@ from genkit.sampling._part import AbstractPart
 
 @runtime_checkable
 class Stepping(Protocol):
-    """First-order steps and predictions that a transform may ask for; both count their evaluations."""
+    """First-order steps and predictions that a transform may ask for; both count their evaluations.
+
+    Example:
+        >>> import equinox as eqx
+        >>> import genkit as gk
+        >>> class ThereAndBack(gk.sampling.StepTransform):
+        ...     at: str = eqx.field(default="start", init=False, static=True)
+        ...     def __call__(self, x, carry, ctx, step: gk.sampling.Stepping):
+        ...         return step(step(x, ctx.sigma, ctx.sigma_next), ctx.sigma_next, ctx.sigma), carry
+        >>> ThereAndBack().at
+        'start'
+    """
 
     def __call__(self, x: Array, sigma: ArrayLike, sigma_next: ArrayLike, net: Callable | None = None) -> Array:
         """One first-order step between any two noise levels, up or down, of the sampled denoiser or of `net`."""

@@ -5,13 +5,12 @@ from typing import NamedTuple
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
 from genkit.training._feed import bring_back, copy_arrays, feed, local, replicate, snapshot
 from genkit.training._host import AbstractData
-from genkit.training._step import Plan, TrainState, apart, find_fault, run_steps, split, together
+from genkit.training._step import Plan, TrainState, apart, as_jax, find_fault, run_steps, split, together
 
 
 _SNAPSHOT_CALLS = 10
@@ -49,7 +48,7 @@ class Calls:
         cut: Callable[[int], Iterator[tuple[int, int]]],
     ):
         # NumPy arrays go to the device once, not at every call.
-        plan = jax.tree.map(lambda x: jnp.asarray(x) if eqx.is_array(x) else x, plan)
+        plan = as_jax(plan)
         mesh = plan.mesh
         if mesh is not None:
             plan = replicate(plan, mesh)

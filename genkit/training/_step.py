@@ -101,13 +101,18 @@ class Form:
         return (self.arrays, self.rest, self.leaves) == (other.arrays, other.rest, other.leaves)
 
 
+def as_jax(tree: PyTree) -> PyTree:
+    """The tree with JAX arrays in place of NumPy arrays, such as the columns of a table; the rest stays as it is."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf) if eqx.is_array(leaf) else leaf, tree)
+
+
 def apart(tree: PyTree) -> tuple[tuple[Array, ...], Form]:
     """The arrays of a tree, and the rest of it.
 
     Compiled calls take the arrays as a flat tuple: flattening modules at every call would cost more than small steps.
 
     Args:
-        tree: any tree; NumPy arrays go with the arrays.
+        tree: any tree whose arrays are JAX arrays; see `as_jax`.
 
     Returns:
         The arrays and the form of the tree, which `together` joins.
@@ -126,7 +131,8 @@ def together(arrays: Sequence[Array], form: Form) -> PyTree:
 def start_state(model: PyTree, phases: tuple[Phase, ...], masks: tuple[PyTree[bool], ...], ema: bool) -> TrainState:
     """The state before the first step; its arrays are copies, because compiled calls consume (donate) them."""
     arrays, rest = split(model)
-    given, form = apart((arrays, tuple(phase.without_hooks() for phase in phases), masks, ema))
+    bare = tuple(phase.without_hooks() for phase in phases)
+    given, form = apart(as_jax((arrays, bare, masks, ema)))
     state = _first_state(form, given)
     return TrainState(state.step, eqx.combine(state.model, rest), state.opt, state.ema)
 

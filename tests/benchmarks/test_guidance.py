@@ -71,7 +71,7 @@ def test_a_guided_step_costs_its_passes():
     for name, guidance in {
         "cfg": gg.cfg(3.0),
         "apg": gg.apg(3.0, norm_rms=0.3, momentum=-0.5),
-        "sum": gg.cfg(2.0) + gg.apg(2.0) >> gg.Rescale(0.5),
+        "sum": gg.rescale(gg.cfg(2.0) + gg.apg(2.0), 0.5),
     }.items():
         guided, bare, ratio = compare(sampler_run(network, table, guidance, n), alone, 20)
         print(f"{name:5s} {1e3 * guided / 12:6.2f} ms per pass, {1e3 * bare / 12:6.2f} alone, ratio {ratio:.3f}")

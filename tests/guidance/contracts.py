@@ -57,7 +57,7 @@ def reward(x0):
 
 def everything():
     first = g.interval(g.cfg(2.0), 0.2, 1.5) + g.apg(3.0, norm_threshold=1.0, momentum=-0.5) + g.negative(1.5, 2)
-    return first + g.perpneg(1.2, 2) + g.autoguide(weak, 1.5) >> g.Rescale(0.5)
+    return g.rescale(first + g.perpneg(1.2, 2) + g.autoguide(weak, 1.5), 0.5)
 
 
 @functools.cache
@@ -88,7 +88,7 @@ def weighted():
 def directed():
     maps = (g.Momentum(-0.5), g.ClipNorm(0.5, rms=True), g.ExponentialDamping(0.5), g.Project(0.2))
     direction = g.Direction(g.Slot("uncond", cond="null"), maps, g.FunctionOfSigma(rising))
-    return direction >> g.Rescale(0.7) >> g.DynamicThreshold(0.9, 0.5) >> g.NormCap()
+    return g.dynamic_threshold(g.rescale(direction, 0.7), 0.9, limit=0.5) >> g.NormCap()
 
 
 CASES = [

@@ -152,6 +152,46 @@ def test_policy_search_beats_equal_policies():
     assert int(uniform.nfe[0]) == 16 and deviation(policy, baseline) < deviation(uniform, baseline)
 
 
+def line():
+    """Two classes on a line, and a table of six steps."""
+    pair = gd.MixtureDenoiser(jnp.ones(2), jnp.array([[-1.0], [1.0]]), jnp.array(0.01), labels=np.array([0, 1]))
+    return pair, gd.ddim(gd.karras(6, 0.01, 10.0))
+
+
+def test_a_policy_search_is_a_fit():
+    pair, table = line()
+    fit = gg.search_policy(table, pair, 3.0, 4, cond=1, budget=9.0, num_updates=3, key=jr.key(0))
+    assert isinstance(fit, gk.Fitted) and int(fit.state.step) == int(fit.model.updates) == 3
+    assert fit.model.logits.shape == (6, 5) and set(fit.log) == {"loss", "distance", "cost", "entropy"}
+    # At the first update all options are alike: two of five take one evaluation, the others two.
+    assert fit.log["cost"][0] == pytest.approx(6 * 8 / 5) and fit.log["entropy"][0] == pytest.approx(np.log(5))
+    excess = (fit.log["cost"] - 9.0).clip(0) / 9.0
+    weighed = 1e-2 * np.arange(3) / 3 * fit.log["entropy"]
+    np.testing.assert_allclose(fit.log["loss"], fit.log["distance"] + excess + weighed, rtol=1e-6)
+    # The mean of the options 0, 1, 3/2, 3 and 6 in every step: a relaxed policy draws by the mean scale.
+    by_hand = lambda scale: gk.sample(table, pair, 4, cond=1, guidance=gg.cfg(scale), key=jr.key(0)).value
+    move = np.mean((by_hand(2.3) - by_hand(3.0)) ** 2) / np.mean(by_hand(3.0) ** 2)
+    assert fit.log["distance"][0] == pytest.approx(float(move), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"cond": None}, "`cond` must be given"),
+        ({"cond": [0, 1, 1]}, "`cond` must be a scalar or of length 4"),
+        ({"budget": 0.0}, "budget"),
+        ({"num_updates": 0}, "num_updates"),
+        ({"sampler": gk.Sampler(TABLE, gg.cfg(2.0))}, "without guidance"),
+    ],
+)
+def test_wrong_searches(change, says):
+    pair, table = line()
+    wanted = {"sampler": table, "cond": 1, "budget": 9.0, "num_updates": 3} | change
+    sampler = wanted.pop("sampler")
+    with pytest.raises(ValueError, match=says):
+        gg.search_policy(sampler, pair, 3.0, 4, key=jr.key(0), **wanted)
+
+
 # LinearAG.
 
 TRUE = [0, 4, 8, *range(13, 20)]

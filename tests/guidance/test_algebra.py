@@ -149,10 +149,19 @@ def test_operations_behind():
     edge = np.maximum(1.0, np.quantile(np.abs(d), 0.6, axis=1, keepdims=True))
     close(predict(gg.dynamic_threshold(gg.cfg(6.0), 0.6))[0], np.clip(d, -edge, edge) / edge)
     # At scale 0 the plain prediction has no weight, but rescaling compares with it.
-    value, _, _, tally = predict(gg.cfg(0.0) >> gg.Rescale(1.0))
+    value, _, _, tally = predict(gg.rescale(gg.cfg(0.0), 1.0))
     close(value, u * c.std(axis=1, keepdims=True) / u.std(axis=1, keepdims=True))
     assert tally.executed.tolist() == [2] * 5
-    assert predict(gg.cfg(0.0) >> gg.DynamicThreshold(0.9))[3].executed.tolist() == [1] * 5
+    assert predict(gg.dynamic_threshold(gg.cfg(0.0), 0.9))[3].executed.tolist() == [1] * 5
+
+
+def test_operations_on_the_plain_prediction():
+    _, c, _, _ = parts()
+    clipped, _, _, tally = predict(gg.dynamic_threshold(quantile=0.6, limit=0.5))
+    edge = np.maximum(0.5, np.quantile(np.abs(c), 0.6, axis=1, keepdims=True))
+    close(clipped, np.clip(c, -edge, edge) * 0.5 / edge)
+    close(predict(gg.rescale(None, 0.7))[0], c)
+    assert tally.executed.tolist() == [1] * 5
 
 
 # Sums.

@@ -146,6 +146,6 @@ def test_linear_sums_are_the_same_in_every_space(target):
 @pytest.mark.slow
 @pytest.mark.parametrize("skip", ["dynamic", "compact", "static", "phases"])
 def test_batched_is_one_by_one_under_every_plan(skip):
-    guidance = gg.interval(gg.cfg(3.0) + gg.apg(2.0, momentum=-0.5), 0.1, 4.0) >> gg.Rescale(0.3)
+    guidance = gg.rescale(gg.interval(gg.cfg(3.0) + gg.apg(2.0, momentum=-0.5), 0.1, 4.0), 0.3)
     sampler = gk.Sampler(gd.heun(LEVELS), guidance, skip=skip)
     same(draw(None, table=sampler), draw(None, table=sampler, batch_size=1))

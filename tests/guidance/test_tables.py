@@ -81,7 +81,8 @@ class Raw(eqx.Module):
 def test_parameterizations_agree(x64):
     means = jnp.asarray(np.random.default_rng(0).normal(size=(6, 3)))
     law = gd.MixtureDenoiser(jnp.ones(6), means, jnp.asarray(0.09), labels=np.repeat(np.arange(3), 2))
-    guidance = gg.interval(gg.apg(4.0, norm_rms=0.5, momentum=-0.5) + gg.negative(1.5, 2), 0.05, 5.0) >> gg.Rescale(0.3)
+    inside = gg.interval(gg.apg(4.0, norm_rms=0.5, momentum=-0.5) + gg.negative(1.5, 2), 0.05, 5.0)
+    guidance = gg.rescale(inside, 0.3)
     table = gd.heun(gd.karras(6, 0.05, 8.0))
     start = 8.0 * jr.normal(jr.key(0), (4, 3))
     run = lambda model: gk.sample(

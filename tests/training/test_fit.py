@@ -159,6 +159,20 @@ def test_optimizers_keep_state_for_what_they_train_alone():
     assert moments.a is None and moments.scale is None and moments.b.shape == ()
 
 
+class Towards(gk.Objective):
+    target: np.ndarray
+
+    def __call__(self, model, batch, *, key):
+        return jnp.sum((model - self.target) ** 2), {}
+
+
+def test_objectives_may_hold_numpy_arrays():
+    # As an objective with a table does; the recipe draws no batch here.
+    phase = gk.Phase(Towards(np.array([1.0, 2.0])), optax.sgd(0.5))
+    fitted = gk.fit(gk.Recipe(lambda key: jnp.zeros(2), lambda key: None, phase, 1), key=jax.random.key(0))
+    assert fitted.model.tolist() == [1.0, 2.0]
+
+
 def test_by_default_floating_arrays_outside_frozen_fields_are_trained():
     # Weight decay moves whatever the optimizer sees.
     fitted = train(gk.Phase(pull(0.0), optax.adamw(0.1, weight_decay=0.5)), 3)
