@@ -45,7 +45,7 @@ class NeuralBridge(AbstractBridge):
     epsilon: Float[Array, ""] = eqx.field(metadata=FROZEN, converter=as_number)
     substeps: int = eqx.field(static=True, default=50)
 
-    def drift(self, t: Real[ArrayLike, " ..."], x: Float[ArrayLike, " *batch d"]) -> Float[Array, " ..."]:
+    def drift(self, t: Real[ArrayLike, " ..."], x: Shaped[ArrayLike, " *batch d"]) -> Float[Array, " ..."]:
         """The drift at time `t` and state `x`.
 
         Args:
@@ -59,9 +59,10 @@ class NeuralBridge(AbstractBridge):
         def at(t: Array, x: Array) -> Array:
             return self.flow(t, x) + self.half_score(t, x)
 
-        return jnp.vectorize(at, signature="(),(d)->(d)")(jnp.asarray(t, jnp.asarray(x).dtype), x)
+        x = as_floats(x)[0]
+        return jnp.vectorize(at, signature="(),(d)->(d)")(jnp.asarray(t, x.dtype), x)
 
-    def probability_flow(self, t: Real[ArrayLike, " ..."], x: Float[ArrayLike, " *batch d"]) -> Float[Array, " ..."]:
+    def probability_flow(self, t: Real[ArrayLike, " ..."], x: Shaped[ArrayLike, " *batch d"]) -> Float[Array, " ..."]:
         """The velocity of the ordinary differential equation with the same marginals.
 
         Args:
@@ -71,10 +72,11 @@ class NeuralBridge(AbstractBridge):
         Returns:
             Shape (..., d).
         """
-        return jnp.vectorize(self.flow, signature="(),(d)->(d)")(jnp.asarray(t, jnp.asarray(x).dtype), x)
+        x = as_floats(x)[0]
+        return jnp.vectorize(self.flow, signature="(),(d)->(d)")(jnp.asarray(t, x.dtype), x)
 
     def sample(
-        self, x0: Float[ArrayLike, " *batch d"], ts: Real[ArrayLike, " n"], *, key: Key[Array, ""]
+        self, x0: Shaped[ArrayLike, " *batch d"], ts: Real[ArrayLike, " n"], *, key: Key[Array, ""]
     ) -> Float[Array, " *batch n d"]:
         """Paths on the grid `ts` from `x0` at time 0, by Euler-Maruyama with `substeps` steps per interval.
 

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-from jaxtyping import Array, ArrayLike, Float, Inexact, Key, PyTree
+from jaxtyping import Array, ArrayLike, Float, Inexact, Key, PyTree, Shaped
 
 from genkit._core._checks import check, check_choice, check_count, check_interval, check_positive, fail
 from genkit._core._fields import FROZEN, as_number
+from genkit._core._known import float_dtype
 from genkit.distill._distill import Conditions, Distilled
 from genkit.distill._facts import Drawable, declared, under_guidance
 from genkit.distill._losses import frozen
@@ -63,7 +64,7 @@ class ConsistencyModel(Denoiser):
         return declared(self.net, "num_labels", None)
 
     def __call__(
-        self, x: Inexact[ArrayLike, " *shape"], sigma: Float[ArrayLike, ""], cond: PyTree = None
+        self, x: Shaped[ArrayLike, " *shape"], sigma: Float[ArrayLike, ""], cond: PyTree = None
     ) -> Inexact[Array, " *shape"]:
         """The start of the trajectory through `x` at noise level `sigma`."""
         x = as_number(x)
@@ -197,10 +198,12 @@ class ConsistencyObjective(Objective):
 
 
 def _split(batch: PyTree) -> tuple[Array, PyTree]:
-    """Examples and conditions of a batch."""
+    """Examples, as floats, and conditions of a batch."""
+    x = batch
+    cond = None
     if isinstance(batch, tuple):
-        return batch
-    return batch, None
+        x, cond = batch
+    return jnp.asarray(x, float_dtype(x)), cond
 
 
 def _on_batch(net: Callable[..., Array], x: Array, sigma: Array, cond: PyTree) -> Array:

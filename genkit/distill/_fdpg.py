@@ -10,21 +10,22 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpyro.distributions as dist
 import optax
-from jaxtyping import Array, ArrayLike, Float, Int, Key, PyTree
+from jaxtyping import Array, ArrayLike, Float, Int, Key, PyTree, Shaped
 
 from genkit._core._checks import check, check_count, check_interval
 from genkit._core._fields import FROZEN, as_number
+from genkit._core._known import float_dtype
 from genkit.distill._objectives import cosine_adam
 from genkit.divergence import FDivergence, diagnose
 from genkit.training import Objective, Phase, Recipe, model_updates
 
 
 def fdpg(
-    policy_log_prob: Float[Array, " n"],
-    target_log_prob: Float[ArrayLike, " n"],
+    policy_log_prob: Shaped[ArrayLike, " n"],
+    target_log_prob: Shaped[ArrayLike, " n"],
     *,
     divergence: FDivergence,
-    proposal_log_prob: Float[ArrayLike, " n"] | None = None,
+    proposal_log_prob: Shaped[ArrayLike, " n"] | None = None,
     log_z: Float[ArrayLike, ""] | float | None = None,
     baseline: Float[ArrayLike, ""] | float | None = None,
 ) -> Float[Array, ""]:
@@ -62,7 +63,7 @@ def fdpg(
     Source: Go et al., "Aligning Language Models with Preferences through f-divergence Minimization", ICML 2023, theorem
     1.
     """
-    policy = jnp.asarray(policy_log_prob)
+    policy = jnp.asarray(policy_log_prob, float_dtype(policy_log_prob))
     target = jnp.asarray(target_log_prob, policy.dtype)
     seen = jax.lax.stop_gradient(policy)
     proposal = seen

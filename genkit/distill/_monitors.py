@@ -6,16 +6,17 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Key, PyTree
+from jaxtyping import Array, ArrayLike, Float, Key, PyTree, Shaped
 
 from genkit._core._checks import check, check_count, check_positive, check_shape, fail
+from genkit._core._known import float_dtype
 from genkit.divergence import FDivergence, ReverseKL
 
 
 def divergence_from_scores(
     p: Callable[..., Array],
     q: Callable[..., Array],
-    samples: Float[ArrayLike, " n *shape"],
+    samples: Shaped[ArrayLike, " n *shape"],
     *,
     sigma_min: float,
     sigma_max: float,
@@ -59,7 +60,7 @@ def divergence_from_scores(
 
     Source: Barron, "Entropy and the Central Limit Theorem", 1986 (for the relative entropy).
     """
-    samples = jnp.asarray(samples)
+    samples = jnp.asarray(samples, float_dtype(samples))
     check_positive("sigma_min", sigma_min)
     check(sigma_max > sigma_min, "sigma_max", f"above `sigma_min` = {sigma_min:g}", sigma_max)
     check_count("num_nodes", num_nodes, 2)
@@ -94,11 +95,11 @@ def divergence_from_scores(
 
 
 def mode_coverage(
-    samples: Float[ArrayLike, " n d"],
-    centers: Float[ArrayLike, " k d"],
+    samples: Shaped[ArrayLike, " n d"],
+    centers: Shaped[ArrayLike, " k d"],
     *,
     radius: float,
-    weights: Float[ArrayLike, " k"] | None = None,
+    weights: Shaped[ArrayLike, " k"] | None = None,
 ) -> dict[str, Array]:
     """Which modes of a known mixture samples cover.
 
@@ -120,14 +121,15 @@ def mode_coverage(
         >>> float(found["tv"]), int(found["covered"]), float(found["precision"])
         (0.5, 1, 1.0)
     """
-    samples = jnp.asarray(samples)
-    centers = jnp.asarray(centers)
+    dtype = float_dtype(samples, centers)
+    samples = jnp.asarray(samples, dtype)
+    centers = jnp.asarray(centers, dtype)
     check_positive("radius", radius)
     fits = samples.shape[1:] == centers.shape[1:]
     check(fits, "centers", lambda: f"points of shape {samples.shape[1:]}", centers)
-    share = jnp.full(centers.shape[0], 1 / centers.shape[0])
+    share = jnp.full(centers.shape[0], 1 / centers.shape[0], dtype)
     if weights is not None:
-        share = jnp.asarray(weights)
+        share = jnp.asarray(weights, float_dtype(weights))
         check_shape("weights", share, centers.shape[:1])
     distance = jnp.sqrt(jnp.sum((samples[:, None] - centers[None]) ** 2, -1))
     mass = jnp.mean(jax.nn.one_hot(jnp.argmin(distance, 1), centers.shape[0]), axis=0)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpyro.distributions as dist
 import optax
-from jaxtyping import Array, ArrayLike, Float, Key, PyTree
+from jaxtyping import Array, ArrayLike, Float, Key, PyTree, Shaped
 
 from genkit._core._checks import check, check_count
 from genkit._core._fields import FROZEN, as_number, maybe_number
@@ -238,9 +238,10 @@ class Discriminator(eqx.Module):
         self.features = features
 
     def __call__(
-        self, x: Float[Array, " *shape"], sigma: Float[ArrayLike, ""], cond: PyTree = None
+        self, x: Shaped[ArrayLike, " *shape"], sigma: Float[ArrayLike, ""], cond: PyTree = None
     ) -> Float[Array, ""]:
         """The logit of one example."""
+        x = as_number(x)
         sigma = jnp.asarray(sigma, x.dtype)
         seen = x * jax.lax.rsqrt(sigma**2 + self.sigma_data.astype(x.dtype) ** 2)
         if self.features is not None:

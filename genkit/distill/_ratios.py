@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Key, PyTree
+from jaxtyping import Array, ArrayLike, Float, Key, PyTree, Shaped
 
 from genkit._core._checks import check, check_count, check_interval, check_positive, fail
 from genkit._core._fields import as_number, maybe_number
@@ -257,7 +257,7 @@ class ScoreRatio(AbstractRatio):
         self,
         p: Callable[..., Array],
         q: Callable[..., Array],
-        x: Array,
+        x: Shaped[ArrayLike, " *shape"],
         sigma: Float[ArrayLike, ""],
         cond: PyTree = None,
         *,
@@ -276,6 +276,7 @@ class ScoreRatio(AbstractRatio):
         Returns:
             The log-ratio, a scalar.
         """
+        x = as_number(x)
         sigma = jnp.asarray(sigma, x.dtype)
         nodes, weights = np.polynomial.legendre.leggauss(self.num_nodes)
         # Beyond `sigma_max` the tail alone is left.

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Shaped
 
 from genkit._core._checks import check, check_positive, is_concrete
 from genkit._core._fields import FROZEN, as_number
@@ -39,7 +39,7 @@ class OneStep(eqx.Module):
         """Shape of one example, where the denoiser knows it."""
         return declared(self.net, "shape", None)
 
-    def __call__(self, z: Float[Array, " *shape"], cond: PyTree = None) -> Float[Array, " *shape"]:
+    def __call__(self, z: Shaped[ArrayLike, " *shape"], cond: PyTree = None) -> Float[Array, " *shape"]:
         """One draw from its latent.
 
         Args:
@@ -49,6 +49,7 @@ class OneStep(eqx.Module):
         Returns:
             The draw.
         """
+        z = as_number(z)
         sigma = self.sigma.astype(z.dtype)
         return self.net(sigma * z, sigma, cond)
 
@@ -110,7 +111,7 @@ class FewStep(eqx.Module):
             states.append(self.net(states[-1], sigmas[i - 1], cond) + sigmas[i] * z[i])
         return jnp.stack(states)
 
-    def rollout(self, z: Float[Array, " k *shape"], cond: PyTree, step: Int[Array, ""]) -> Float[Array, " *shape"]:
+    def rollout(self, z: Shaped[ArrayLike, " k *shape"], cond: PyTree, step: Int[Array, ""]) -> Float[Array, " *shape"]:
         """The prediction of one step at the state that the steps before it reach; only that step has a gradient.
 
         Args:
@@ -121,11 +122,12 @@ class FewStep(eqx.Module):
         Returns:
             The prediction.
         """
+        z = as_number(z)
         # Gradients through the steps before would train each of them for all that follow.
         inputs = jax.lax.stop_gradient(self._inputs(z, cond))
         return self.net(inputs[step], self.sigmas.astype(z.dtype)[step], cond)
 
-    def __call__(self, z: Float[Array, " k *shape"], cond: PyTree = None) -> Float[Array, " *shape"]:
+    def __call__(self, z: Shaped[ArrayLike, " k *shape"], cond: PyTree = None) -> Float[Array, " *shape"]:
         """One draw from its latent.
 
         Args:
@@ -135,4 +137,5 @@ class FewStep(eqx.Module):
         Returns:
             The draw.
         """
+        z = as_number(z)
         return self.net(self._inputs(z, cond)[-1], self.sigmas.astype(z.dtype)[-1], cond)

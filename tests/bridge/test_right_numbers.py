@@ -58,6 +58,39 @@ def test_numbers_are_not_cast_to_the_dtype_of_the_data(dtype):
     assert float(gk.bridge.light(np.zeros(1, dtype), np.ones((1, 2), dtype), np.ones(1), 0.5).epsilon) == 0.5
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.float16, bool])
+def test_points_of_any_dtype_are_floats(dtype):
+    """Unsigned integers wrap in differences and squares, and half precision ends at 65,504."""
+    points = np.array([[1, 2], [3, 0], [200, 1]]).astype(dtype)
+    bridge = gk.bridge.light(np.zeros(2), np.array([[1.0, 0.0], [0.0, 2.0]]), np.ones(2), 1.5)
+    calls = {
+        "drift": lambda x: bridge.drift(0.5, x),
+        "transition": lambda x: bridge.transition_log_prob(0.25, x[1:], 0.5, x[:-1]),
+        "path": lambda x: bridge.path_log_prob(np.array([0.0, 0.25, 0.5]), x),
+        "objective": lambda x: bridge.objective(x, x),
+        "marginal": lambda x: bridge.with_source(x).marginal_log_prob(0.25, x),
+        "path_kl": lambda x: gk.bridge.path_kl(bridge, bridge.with_source(x), x, key=jr.key(0)),
+        "conditional": lambda x: gk.bridge.cbw2_uvp(bridge, bridge, x, x),
+        "moments": lambda x: gk.bridge.bw2_uvp(x[0], np.diag(x[0]), x[1], np.diag(x[0]), 1.5),
+        "discrete": lambda x: (
+            gk.divergence.sinkhorn_potentials(
+                gk.divergence.PointCost(x, x[:2]), np.zeros(3, int), np.zeros(2, np.float16), 1.5, tau=0.5
+            ).f
+        ),
+    }
+    for name, call in calls.items():
+        expected = call(np.float32(points))
+        np.testing.assert_allclose(call(points), expected, rtol=1e-6, err_msg=name)
+
+
+def test_parameters_given_as_integers_do_not_round_the_times():
+    whole = gk.bridge.MixturePotential(
+        jnp.zeros(1, int), jnp.ones((1, 2), int), gk.bridge.Iso(jnp.ones(1, int)), 0.5, jnp.zeros(2, int)
+    )
+    floats = gk.bridge.MixturePotential(jnp.zeros(1), jnp.ones((1, 2)), gk.bridge.Iso(jnp.ones(1)), 0.5, jnp.zeros(2))
+    np.testing.assert_array_equal(whole.drift(jnp.ones(2), 0.5), floats.drift(jnp.ones(2), 0.5))
+
+
 def test_weights_known_outside_a_trace(x64):
     x, y = clouds(6, 2)
     for weights in (jnp.full(6, 1 / 6), np.full(6, 1 / 6)):
@@ -107,7 +140,7 @@ def test_memory_of_potentials_and_their_gradient_does_not_grow_with_the_pairs():
 
 
 def test_conjugate_gradients_give_the_derivative_of_the_direct_solve(monkeypatch, x64):
-    from genkit.divergence import _entropic_transport
+    from genkit.divergence import _transport_value
 
     x, y = (jnp.asarray(points) for points in clouds(12, 2))
 
@@ -120,7 +153,7 @@ def test_conjugate_gradients_give_the_derivative_of_the_direct_solve(monkeypatch
         return found
 
     direct = gradients()
-    monkeypatch.setattr(_entropic_transport, "_FEW_PAIRS", 0)
+    monkeypatch.setattr(_transport_value, "_FEW_PAIRS", 0)
     for one, other in zip(direct, gradients(), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-8, atol=1e-12)
     jax.clear_caches()
