@@ -6,7 +6,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from genkit._core._checks import fail
+from genkit._core._checks import check_count, fail
 from genkit.divergence import PointCost, sinkhorn_potentials
 
 
@@ -33,6 +33,10 @@ class UnpairedBatches(eqx.Module):
     x1: Float[Array, " m d"]
     batch_size: int | None = eqx.field(static=True)
     noise: Float[Array, ""] | None = None
+
+    def __check_init__(self):
+        if self.batch_size is not None:
+            check_count("batch_size", self.batch_size)
 
     def __call__(self, key: Key[Array, ""]) -> tuple[Float[Array, " b d"], Float[Array, " b2 d"]]:
         """Draw one batch with replacement.

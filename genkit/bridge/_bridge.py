@@ -207,6 +207,7 @@ class Bridge(AbstractExactBridge):
         """
         check_points("x0", x0, self.dim)
         check_points("x1", x1, self.dim)
+        check(min(np.size(x0), np.size(x1)) > 0, "x0 and x1", "non-empty", "no points")
         return jnp.mean(self.potential.log_c(x0)) - jnp.mean(self.potential.log_v(x1))
 
     # --- backward: needs the source ------------------------------------------------------------------------------
@@ -222,7 +223,7 @@ class Bridge(AbstractExactBridge):
         """
         check_points("source", source, self.dim)
         points = as_floats(source)[0]
-        check(points.ndim == 2, "source", "samples of shape (n, d)", points)
+        check(points.ndim == 2 and points.shape[0] > 0, "source", "samples of shape (n, d)", points)
         return Bridge(self.potential, self.reference, self._empirical(points), points)
 
     def reverse(self, source: Shaped[ArrayLike, " n d"] | None = None) -> "Bridge":

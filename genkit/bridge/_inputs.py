@@ -48,6 +48,13 @@ def check_points(name: str, x: Shaped[ArrayLike, " *batch d"], dim: int) -> None
     check_finite(name, x)
 
 
+def check_sample(name: str, x: Shaped[ArrayLike, " n d"], dim: int) -> None:
+    """Refuse anything but finite points (n, d), at least one."""
+    check_shape(name, x, (None, dim), "One point per row.")
+    check(np.shape(x)[0] > 0, name, "non-empty", "no points")
+    check_finite(name, x)
+
+
 def check_covariance(name: str, cov: Shaped[ArrayLike, " ..."], dim: int) -> Float[Array, " *k d d"]:
     """`cov` (one or a stack of full matrices) as floats; refuse degenerate concrete ones."""
     matrices = as_floats(cov)[0]

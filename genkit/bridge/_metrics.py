@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, ArrayLike, Float, Key, Shaped
 
-from genkit._core._checks import check_count, check_key, check_shape
+from genkit._core._checks import check_count, check_finite, check_key, check_shape
 from genkit.bridge._bridge import Bridge
 from genkit.bridge._gaussian import symmetric_function
-from genkit.bridge._inputs import as_floats
+from genkit.bridge._inputs import as_floats, check_sample
 from genkit.bridge._potential import MixturePotential
 
 
@@ -41,6 +41,10 @@ def bw2_uvp(
 
     Source: Gushchin et al., "Building the bridge of Schrödinger", NeurIPS 2023, section 5.
     """
+    check_finite("mean", mean)
+    check_finite("cov", cov)
+    check_finite("true_mean", true_mean)
+    check_finite("true_cov", true_cov)
     mean, cov, true_mean, true_cov = as_floats(mean, cov, true_mean, true_cov)
     root = symmetric_function(lambda s: jnp.sqrt(jnp.maximum(s, 0.0)), cov)
     cross = jnp.sum(jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(root @ true_cov @ root), 0.0)))
@@ -68,7 +72,6 @@ def conditional_moments(
     return mean, within + (weights[:, None] * residual).T @ residual
 
 
-@eqx.filter_jit
 def cbw2_uvp(
     bridge: Bridge, truth: Bridge, x0: Shaped[ArrayLike, " n d"], x1: Shaped[ArrayLike, " m d"]
 ) -> Float[Array, ""]:
@@ -92,9 +95,14 @@ def cbw2_uvp(
 
     Source: Gushchin et al., "Building the bridge of Schrödinger", NeurIPS 2023, section 5.
     """
-    check_shape("x0", x0, (None, bridge.dim))
-    check_shape("x1", x1, (None, bridge.dim))
-    x0, x1 = as_floats(x0, x1)
+    check_sample("x0", x0, bridge.dim)
+    check_sample("x1", x1, bridge.dim)
+    return _cbw2_uvp(bridge, truth, *as_floats(x0, x1))
+
+
+@eqx.filter_jit
+def _cbw2_uvp(bridge: Bridge, truth: Bridge, x0: Float[Array, " n d"], x1: Float[Array, " m d"]) -> Float[Array, ""]:
+    """The mean over starting points, compiled."""
     variance = jnp.sum(jnp.var(x1, 0))
 
     def one(x: Float[Array, " d"]) -> Float[Array, ""]:
@@ -105,7 +113,6 @@ def cbw2_uvp(
     return jnp.mean(jax.lax.map(one, x0, batch_size=64))
 
 
-@eqx.filter_jit
 def plan_kl(
     truth: Bridge, bridge: Bridge, x0: Shaped[ArrayLike, " n d"], x1: Shaped[ArrayLike, " n d"]
 ) -> Float[Array, ""]:
@@ -127,8 +134,15 @@ def plan_kl(
         >>> print(gk.bridge.plan_kl(bridge, bridge, x, x + 1.0))
         0.0
     """
-    check_shape("x0", x0, (None, truth.dim))
+    check_sample("x0", x0, truth.dim)
+    check_sample("x1", x1, truth.dim)
     check_shape("x1", x1, jnp.shape(x0))
+    return _plan_kl(truth, bridge, *as_floats(x0, x1))
+
+
+@eqx.filter_jit
+def _plan_kl(truth: Bridge, bridge: Bridge, x0: Float[Array, " n d"], x1: Float[Array, " n d"]) -> Float[Array, ""]:
+    """The mean log-ratio of the plans, compiled."""
 
     def log_plan(bridge: Bridge) -> Float[Array, " n"]:
         return bridge.potential.log_value(x1, 1.0) - bridge.potential.log_value(x0, 0.0)
@@ -169,7 +183,7 @@ def path_kl(
     """
     check_key(key)
     check_count("num_times", num_times)
-    check_shape("x0", x0, (None, truth.dim))
+    check_sample("x0", x0, truth.dim)
     return _path_kl(truth, bridge, as_floats(x0)[0], num_times, key)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array, ArrayLike, Float, Int, Key, Real, Shaped
 
-from genkit._core._checks import check_interval, check_shape
+from genkit._core._checks import check_finite, check_interval, check_shape
 from genkit._core._fields import FROZEN, as_number
 from genkit.bridge._inputs import as_floats
 from genkit.bridge._scales import AbstractScale, Time, take
@@ -130,6 +130,7 @@ class MixturePotential(eqx.Module):
         """The points as floats; refuse those of another space, and known times outside [0, 1]."""
         check_shape("x", x, (*[None] * (jnp.ndim(x) - 1), self.dim), "The last axis is the space of the bridge.")
         check_interval("t", t, 0.0, 1.0)
+        check_finite("x", x)
         return as_floats(x)[0]
 
     def _drift(self, x: Float[Array, " d"], t: Time) -> Float[Array, " d"]:

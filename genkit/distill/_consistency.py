@@ -151,6 +151,7 @@ class ConsistencyObjective(Objective):
         x0, cond = _split(batch)
         grid = self.grid.astype(x0.dtype)
         size = x0.shape[0]
+        check(size > 0, "batch", "at least one example", x0, "An empty batch has no loss.")
         pairs = grid.shape[0] - 1
         key_shift, key_order = jr.split(key_level)
         place = (jr.uniform(key_shift) + jnp.arange(size) / size) % 1  # even over the pairs

@@ -44,6 +44,7 @@ class Conditions(eqx.Module):
         check_count("batch_size", batch_size)
         if cond is not None and not callable(cond):
             cond = jnp.asarray(cond)
+            check(cond.shape[:1] != (0,), "cond", "at least one condition", cond)
         self.cond = cond
         self.batch_size = batch_size
 

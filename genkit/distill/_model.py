@@ -10,7 +10,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
-from genkit._core._checks import check, fail
+from genkit._core._checks import check, check_finite, fail
 from genkit._core._fields import FROZEN, maybe_number
 from genkit.distill._facts import Analytic, Drawable, KnowsItself, declared, own_denoiser, under_guidance
 from genkit.guidance import Guided, Linear
@@ -177,6 +177,10 @@ class TeacherSamples(eqx.Module):
     latents: Float[Array, " m *shape"] | None = eqx.field(converter=maybe_number, default=None)
 
     def __check_init__(self):
+        # Transformations of JAX rebuild modules with other things than arrays in place of their leaves.
+        if isinstance(self.x, (jax.Array, np.ndarray)):
+            check(self.x.shape[:1] != (0,), "x", "draws (m, *shape), m at least 1", self.x)
+            check_finite("x", self.x)
         if self.latents is not None:
             fits = self.latents.shape == self.x.shape
             check(fits, "latents", lambda: f"of the shape {self.x.shape} of the draws", self.latents)

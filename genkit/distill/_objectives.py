@@ -68,6 +68,13 @@ def generate(student: Callable[..., Array], z: Array, cond: PyTree, *, key: Key[
     return jax.vmap(student.rollout)(z, cond, steps)
 
 
+def _check_conditions(cond: PyTree, batch_size: int) -> None:
+    """Refuse conditions that are not one for each draw."""
+    for leaf in jax.tree.leaves(cond):
+        size = jnp.shape(leaf)[:1]
+        check(size == (batch_size,), "batch", lambda: f"`batch_size` = {batch_size} conditions", str(size))
+
+
 class StudentObjective(Objective):
     """The student's side: draws under noise, judged by a loss. The batch holds the conditions, or is `None`.
 
@@ -102,6 +109,7 @@ class StudentObjective(Objective):
         self, model: Distillation, batch: PyTree, *, key: Key[Array, ""]
     ) -> tuple[Float[Array, ""], dict[str, Any]]:
         """Estimate the loss; see `gk.Objective`."""
+        _check_conditions(batch, self.batch_size)
         key_z, key_step, key_level, key_noise, key_loss = jr.split(key, 5)
         z = jr.normal(key_z, (self.batch_size, *self.latent_shape))
         x = generate(model.student, z, batch, key=key_step)
@@ -147,6 +155,7 @@ class CriticObjective(Objective):
         self, model: Distillation, batch: PyTree, *, key: Key[Array, ""]
     ) -> tuple[Float[Array, ""], dict[str, Any]]:
         """Estimate the critics' loss; see `gk.Objective`."""
+        _check_conditions(batch, self.batch_size)
         key_z, key_step, key_level, key_noise, key_game = jr.split(key, 5)
         z = jr.normal(key_z, (self.batch_size, *self.latent_shape))
         # Critics follow the student; they never move it.

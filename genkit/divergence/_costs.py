@@ -90,6 +90,10 @@ class PointCost(AbstractCost):
     x: Float[Array, " n d"] = eqx.field(converter=_at_least_single)
     y: Float[Array, " m d"] = eqx.field(converter=_at_least_single)
 
+    def __check_init__(self):
+        check_finite("x", self.x)
+        check_finite("y", self.y)
+
     @property
     def shape(self) -> tuple[int, int]:
         return self.x.shape[0], self.y.shape[0]

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Real, Shaped
 
-from genkit._core._checks import check_count, check_positive, fail
+from genkit._core._checks import check_count, check_interval, check_positive, fail
 from genkit._core._known import float_dtype
 from genkit.divergence._costs import AbstractCost
 
@@ -169,6 +169,8 @@ def sinkhorn_potentials(
     for name, weights, size in (("a", log_a, cost.shape[0]), ("b", log_b, cost.shape[1])):
         if weights.shape != (size,):
             fail(name, f"of shape ({size},)", f"shape {weights.shape}")
+        # A logarithm of minus infinity is a point without weight.
+        check_interval(f"log_{name}", weights)
     epsilon = jnp.asarray(epsilon, dtype)
     tolerance = jnp.asarray(tolerance, dtype)
     fixed = jax.lax.stop_gradient((cost, log_a, log_b, epsilon, tau, tolerance))

@@ -9,7 +9,7 @@ from jax.scipy.special import gammaln
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from genkit._core._checks import check_interval, check_positive
+from genkit._core._checks import check_finite, check_interval, check_positive
 from genkit.noise._covariance import as_floats, check_pair, valid_index
 from genkit.noise._quadrature import tanh_sinh
 
@@ -114,6 +114,7 @@ def fou_covariance(
     2003, for a start at 0 (the reduction to single integrals was derived for this library).
     """
     check_pair(hurst, s, t, kind)
+    check_finite("theta", theta)
     h, s, t, theta, sigma = as_floats(hurst, s, t, theta, sigma)
     h = valid_index(h)
     lo = jnp.minimum(s, t)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
-from genkit._core._checks import check, check_interval
+from genkit._core._checks import check, check_finite, check_interval, check_positive
 from genkit._core._known import float_dtype
 from genkit.noise._covariance import fgn_autocovariance
 
@@ -71,6 +71,7 @@ def fgn_whiten(increments: Float[ArrayLike, " n"], hurst: ArrayLike) -> tuple[Fl
     Source: Brockwell and Davis, "Time Series: Theory and Methods", section 5.2 (Durbin-Levinson).
     """
     check_interval("hurst", hurst, 0, 1, open_lo=True, open_hi=True)
+    check_finite("increments", increments)
     x = jnp.asarray(increments, float_dtype(increments))
     check(x.ndim == 1 and x.shape[0] >= 1, "increments", "a series of shape (n,)", f"shape {x.shape}")
     n = x.shape[0]
@@ -210,6 +211,7 @@ def fgn_log_prob(
 
     Raises:
         ValueError: if `hurst` is outside (0, 1) or no scalar, or the series is not one-dimensional.
+        NonFiniteError: for NaN or infinity.
 
     Example:
         >>> import jax.numpy as jnp
@@ -221,6 +223,10 @@ def fgn_log_prob(
     Toeplitz matrices and their continuous analogs", 1972.
     """
     check_interval("hurst", hurst, 0, 1, open_lo=True, open_hi=True)
+    check_finite("increments", increments)
+    check_finite("mean", mean)
+    check_positive("scale", scale)
+    check_finite("scale", scale)
     dtype = float_dtype(increments)
     mean = jnp.asarray(mean, dtype)
     scale = jnp.asarray(scale, dtype)

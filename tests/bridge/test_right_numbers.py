@@ -175,6 +175,37 @@ def test_nan_is_named():
         jax.block_until_ready(jax.jit(lambda s: gk.bridge.monge_gap(lambda x: s * x, points, epsilon=0.5))(jnp.nan))
 
 
+NOTHING = jnp.zeros((0, 2))
+POINTS = jnp.zeros((3, 2))
+LOST = jnp.full((3, 2), jnp.nan)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda b: gk.bridge.LightObjective()(b, (NOTHING, POINTS), key=jr.key(0)), "`x0` must be a batch"),
+        (lambda b: gk.bridge.MatchingObjective()(b, (NOTHING, NOTHING), key=jr.key(0)), "`x0` must be a batch"),
+        (lambda b: gk.bridge.MatchingObjective()(b, (POINTS, POINTS[:2]), key=jr.key(0)), "one end for each start"),
+        (lambda b: b.objective(NOTHING, NOTHING), "`x0 and x1` must be non-empty"),
+        (lambda b: b.with_source(NOTHING), "`source` must be samples"),
+        (lambda b: b.drift(0.5, LOST), "`x` must be finite"),
+        (lambda b: b.with_source(POINTS).marginal_log_prob(0.5, LOST), "`x` must be finite"),
+        (lambda b: gk.bridge.plan_kl(b, b, NOTHING, NOTHING), "`x0` must be non-empty"),
+        (lambda b: gk.bridge.path_kl(b, b, LOST, key=jr.key(0)), "`x0` must be finite"),
+        (lambda b: gk.bridge.cbw2_uvp(b, b, POINTS, LOST), "`x1` must be finite"),
+        (lambda b: gk.bridge.monge_gap(lambda x: x, NOTHING, epsilon=0.1), "`x` must be samples"),
+        (lambda b: gk.bridge.sinkhorn(POINTS, POINTS, 0.1, a=np.zeros(3), tau=1.0), "`a` must be weights of which one"),
+        (lambda b: gk.bridge.sinkhorn(POINTS, POINTS, 0.1, tau=np.inf), "Leave `tau` out"),
+        (lambda b: gk.bridge.UnpairedBatches(POINTS, POINTS, 0), "`batch_size` must be an integer >= 1"),
+        (lambda b: gk.divergence.PointCost(POINTS, LOST), "`y` must be finite"),
+    ],
+)
+def test_nothing_and_nan_are_refused(call, words):
+    bridge = gk.bridge.light(np.zeros(1), np.ones((1, 2)), np.ones(1), 0.5)
+    with pytest.raises(ValueError, match=words):
+        call(bridge)
+
+
 def test_raw_units_are_named_where_the_start_fails():
     x, y = (np.float32(points * [1.0, 1e4]) for points in clouds(200, 2))
     with pytest.raises(ValueError, match="standard deviations"):

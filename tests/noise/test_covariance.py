@@ -174,6 +174,20 @@ def test_refuses_negative_times_and_unknown_kinds():
         gn.fbm_covariance(0.5, 1.0, 1.0, kind="III")
 
 
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: gn.fgn_log_prob(np.array([0.0, np.nan]), 0.7), "`increments` must be finite"),
+        (lambda: gn.fgn_whiten(np.array([0.0, np.inf]), 0.7), "`increments` must be finite"),
+        (lambda: gn.fgn_log_prob(np.ones(3), 0.7, scale=0.0), "`scale` must be positive"),
+        (lambda: gn.fou_covariance(0.7, 1.0, 1.0, np.nan), "`theta` must be finite"),
+    ],
+)
+def test_refuses_what_is_not_finite(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
 def test_refuses_several_indices_for_one_series():
     with pytest.raises(ValueError, match="scalar"):
         gn.fgn_log_prob(jnp.zeros(3), np.full(3, 0.7))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Real, Shaped
 
-from genkit._core._checks import check_finite, check_interval, is_concrete
+from genkit._core._checks import check, check_finite, check_interval, is_concrete
 from genkit._core._fields import as_number
 from genkit._core._known import float_dtype
 from genkit.divergence._ratios import self_normalize
@@ -106,6 +106,7 @@ class FDivergence(eqx.Module):
             NonFiniteError: if a ratio overflows, naming what to do.
         """
         u = real(log_p) - real(log_q)
+        check(u.size > 0, "log_p", "of at least one draw", u)
         if normalize:
             result = jnp.mean(self.phi(self_normalize(u)))
         else:
@@ -177,6 +178,12 @@ def _overflow_hint(u: Float[Array, " n"]) -> str:
 def real(u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
     """A log-ratio as a floating array, float32 at least: exponentials of half precision end at 11."""
     return jnp.asarray(u, float_dtype(u))
+
+
+def exp_times(u: Float[Array, " *s"], value: Float[Array, " *s"]) -> Float[Array, " *s"]:
+    """The ratio times a value; zero where the ratio is, although the value may be infinite there."""
+    is_zero = u == -jnp.inf
+    return jnp.exp(u) * jnp.where(is_zero, 0.0, value)
 
 
 def slope(phi: Callable[[Array], Array], u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:

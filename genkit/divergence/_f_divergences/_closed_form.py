@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
-from genkit.divergence._f_divergences._base import FDivergence, real
+from genkit.divergence._f_divergences._base import FDivergence, exp_times, real
 
 
 LOG2 = math.log(2.0)
@@ -44,7 +44,7 @@ class ForwardKL(FDivergence):
 
     def phi(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         u = real(u)
-        return u * jnp.exp(u)
+        return exp_times(u, u)
 
     def weight(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         return jnp.exp(real(u))
@@ -65,7 +65,8 @@ class JensenShannon(FDivergence):
 
     def phi(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         u = real(u)
-        return u * jnp.exp(u) - (jnp.exp(u) + 1) * (jax.nn.softplus(u) - LOG2)
+        # Sorted by the ratio: its logarithm would cancel against that of the mean where the ratio is large.
+        return exp_times(u, LOG2 - jax.nn.softplus(-u)) - (jax.nn.softplus(u) - LOG2)
 
     def weight(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         return jax.nn.sigmoid(real(u))

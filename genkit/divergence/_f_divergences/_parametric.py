@@ -6,7 +6,7 @@ from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from genkit._core._checks import check_positive
 from genkit._core._fields import as_number, maybe_number
-from genkit.divergence._f_divergences._base import FDivergence, real, refuse_kink
+from genkit.divergence._f_divergences._base import FDivergence, exp_times, real, refuse_kink
 from genkit.divergence._f_divergences._from_functions import integrate_weight
 
 
@@ -37,7 +37,7 @@ class Alpha(FDivergence):
         safe = jnp.where(near0 | near1, 0.5, a)
         general = (jnp.expm1(safe * u) - safe * jnp.expm1(u)) / (safe * (safe - 1))
         at0 = jnp.expm1(u) - u + a * (jnp.expm1(u) - u - u**2 / 2)
-        at1 = u * jnp.exp(u) - jnp.expm1(u) + (a - 1) * (jnp.exp(u) * (u**2 / 2 - u) + jnp.expm1(u))
+        at1 = exp_times(u, u) - jnp.expm1(u) + (a - 1) * (exp_times(u, u**2 / 2 - u) + jnp.expm1(u))
         return jnp.where(near0, at0, jnp.where(near1, at1, general))
 
     def weight(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
