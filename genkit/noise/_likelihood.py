@@ -13,14 +13,17 @@ from genkit._core._known import float_dtype
 from genkit.noise._covariance import fgn_autocovariance
 
 
-_SHORT = 512  # series whose every state is kept for gradients: a megabyte, and no step is repeated
+# Series whose every state is kept for gradients: a megabyte, and no step is repeated.
+_SHORT = 512
 
 
 class LevinsonState(NamedTuple):
     """Best linear predictor from the past: its coefficients, the same backwards, and its error variance."""
 
-    forward: Array  # forward[j] multiplies the value j + 1 steps ago
-    backward: Array  # the same coefficients in reversed order, padded with zeros
+    # forward[j] multiplies the value j + 1 steps ago.
+    forward: Array
+    # The same coefficients in reversed order, padded with zeros.
+    backward: Array
     variance: Array
 
 
