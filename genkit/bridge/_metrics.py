@@ -46,9 +46,11 @@ def bw2_uvp(
     check_finite("true_mean", true_mean)
     check_finite("true_cov", true_cov)
     mean, cov, true_mean, true_cov = as_floats(mean, cov, true_mean, true_cov)
+    # Rounding may make an eigenvalue of a semi-definite matrix negative.
     root = symmetric_function(lambda s: jnp.sqrt(jnp.maximum(s, 0.0)), cov)
     cross = jnp.sum(jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(root @ true_cov @ root), 0.0)))
     distance = jnp.sum((mean - true_mean) ** 2) + jnp.trace(cov) + jnp.trace(true_cov) - 2.0 * cross
+    # Equal Gaussians may come out a rounding below zero.
     return 100.0 * jnp.maximum(distance, 0.0) / variance
 
 
@@ -103,6 +105,7 @@ def cbw2_uvp(
 @eqx.filter_jit
 def _cbw2_uvp(bridge: Bridge, truth: Bridge, x0: Float[Array, " n d"], x1: Float[Array, " m d"]) -> Float[Array, ""]:
     """The mean over starting points, compiled."""
+    # In percent of the target, so that figures of different data compare.
     variance = jnp.sum(jnp.var(x1, 0))
 
     def one(x: Float[Array, " d"]) -> Float[Array, ""]:
@@ -193,6 +196,7 @@ def _path_kl(
 ) -> Float[Array, ""]:
     """The Monte Carlo estimate of `path_kl`, compiled."""
     key_time, key_path = jr.split(key)
+    # One time in each stratum: a time integral by as many independent times would be noisier.
     jitter = jr.uniform(key_time, (num_times,), x0.dtype)
     ts = (jnp.arange(num_times, dtype=x0.dtype) + jitter) / num_times
     xs = truth.sample(x0, ts, key=key_path)

@@ -11,7 +11,7 @@ from jaxtyping import Array, ArrayLike, Float, Key, Real, Shaped
 from genkit._core._checks import check_choice, check_count, check_finite, check_key, check_positive
 from genkit._core._fields import FROZEN, as_number
 from genkit.bridge._abstract import AbstractBridge
-from genkit.bridge._batches import COUPLINGS, coupled_batches
+from genkit.bridge._batches import COUPLINGS, coupled_batches, warn_of_couplings
 from genkit.bridge._euler import euler_maruyama
 from genkit.bridge._inputs import Scalar, as_floats, check_epsilon, check_samples, check_times
 from genkit.bridge._objectives import ScoreAndFlowMatching
@@ -93,6 +93,7 @@ class NeuralBridge(AbstractBridge):
         check_finite("x0", x0)
         x0 = as_floats(x0)[0]
         ts = jnp.asarray(ts, x0.dtype)
+        # Paths start at 0, whether or not the grid does.
         knots = jnp.concatenate([jnp.zeros(1, x0.dtype), ts])
 
         def interval(x: Array, args: tuple[Array, Array, Key[Array, ""]]) -> tuple[Array, Array]:
@@ -188,4 +189,5 @@ def sf2m(
     phase = Phase(ScoreAndFlowMatching(), CosineAdamW(rate).transformation())
     data = coupled_batches(coupling, x0, x1, epsilon, batch_size)
     fitted = fit(Recipe(build, data, phase, num_steps, name="sf2m"), key=key)
+    warn_of_couplings(fitted.log)
     return FittedBridge.extend(fitted, report=jnp.asarray(fitted.log["loss"]))

@@ -41,7 +41,7 @@ def _check_batch(x0: Float[Array, " n d"], x1: Float[Array, " m d"]) -> None:
         check(x.shape[0] > 0, name, "a batch of points (n, d)", x, "An empty batch has no loss.")
 
 
-def _check_pairs(x0: Float[Array, " n d"], x1: Float[Array, " n d"]) -> None:
+def _check_pairs(x0: Float[Array, " n d"], x1: Float[Array, " m d"]) -> None:
     """Refuse batches that are empty, or not paired row by row."""
     _check_batch(x0, x1)
     check(x0.shape == x1.shape, "x1", lambda: f"of shape {x0.shape}, one end for each start", x1)

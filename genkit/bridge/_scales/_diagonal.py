@@ -30,6 +30,7 @@ class Iso(AbstractLogScale):
         return self.resolvent_values(t)[:, None] * v
 
     def pull(self, t: Time, z: Float[Array, " d"], r: Float[Array, " k d"]) -> Float[Array, " k d"]:
+        # S - I by expm1, which keeps its digits where S is near the identity.
         return self.resolvent_values(t)[:, None] * (r + jnp.expm1(self.log_values)[:, None] * z)
 
     def logdet_resolvent(self, t: Time, dim: int) -> Float[Array, " k"]:

@@ -58,6 +58,7 @@ class Full(AbstractLogScale):
         return self._conjugate(self.resolvent_values(t), v)
 
     def pull(self, t: Time, z: Float[Array, " d"], r: Float[Array, " k d"]) -> Float[Array, " k d"]:
+        # In the eigenbasis everything is diagonal: two products with the basis, whatever the time.
         basis = self.basis
         zb = jnp.einsum("kde,d->ke", basis, z)
         rb = jnp.einsum("kde,kd->ke", basis, r)
