@@ -181,7 +181,8 @@ class AutoregressivePolicy(AbstractPolicy):
         key_cell, key_head = jr.split(key)
         self.cell = eqx.nn.GRUCell(num_tokens + 1, width, key=key_cell)
         head = eqx.nn.Linear(width, num_tokens, key=key_head)
-        zeros = jnp.zeros_like(head.weight), jnp.zeros(num_tokens)  # uniform at first
+        # Uniform at first.
+        zeros = jnp.zeros_like(head.weight), jnp.zeros(num_tokens)
         self.head = eqx.tree_at(lambda layer: (layer.weight, layer.bias), head, zeros)
         self.num_tokens = num_tokens
         self.length = length
@@ -293,7 +294,8 @@ class FDPG(Objective):
             model.count + 1,
         )
         updates = model_updates(model, lambda m: (m.log_z, m.baseline, m.count), fresh)
-        weights = jnp.exp(jnp.minimum(u, 80.0))  # float32 ends at e^88
+        # Float32 ends at e^88.
+        weights = jnp.exp(jnp.minimum(u, 80.0))
         aux = {"divergence": jax.lax.stop_gradient(value), "log_z": log_z, "ess": diagnose(u, weights)["ess"]}
         return value, aux | {"updates": updates}
 

@@ -16,11 +16,12 @@ from genkit._core._checks import check, check_count
 from genkit._core._fields import FROZEN, as_number, maybe_number
 from genkit._core._stratified import draw_evenly
 from genkit.diffusion import EDMWeight
-from genkit.distill._facts import TakesSteps, declared
 from genkit.distill._losses import AbstractLoss, density_of, frozen
 from genkit.distill._model import Distillation
 from genkit.distill._ratios import DiscriminatorRatio, NoisyBatch, spread
+from genkit.distill._students import TakesSteps
 from genkit.nn import MLP
+from genkit.sampling import as_denoiser
 from genkit.training import Objective, Phase
 
 
@@ -36,7 +37,8 @@ def critic_adam() -> optax.GradientTransformation:
     return optax.adam(2e-3)
 
 
-SATURATED = 10.0  # a logit beyond this carries no ratio any more
+# A logit beyond this carries no ratio any more.
+SATURATED = 10.0
 
 
 def with_arrays(distribution: dist.Distribution) -> dist.Distribution:
@@ -113,6 +115,7 @@ class StudentObjective(Objective):
         key_z, key_step, key_level, key_noise, key_loss = jr.split(key, 5)
         z = jr.normal(key_z, (self.batch_size, *self.latent_shape))
         x = generate(model.student, z, batch, key=key_step)
+        # Levels in the dtype of the student: float64 levels would widen every evaluation.
         sigma = draw_levels(self.noise_distribution, self.batch_size, key=key_level).astype(x.dtype)
         noise = jr.normal(key_noise, x.shape, x.dtype)
         weight = jnp.ones_like(sigma)
@@ -166,7 +169,8 @@ class CriticObjective(Objective):
         aux = {}
         fake = model.fake
         if fake is not None:
-            weight = EDMWeight(frozen(declared(fake, "sigma_data", 1.0)))
+            # The weight of the teacher's own training, so that all levels count alike.
+            weight = EDMWeight(frozen(as_denoiser(fake).sigma_data))
             residual = jax.vmap(lambda y, s, c: fake(y, s, c))(x_t, sigma, batch) - x
             squares = jnp.sum(residual.reshape(residual.shape[0], -1) ** 2, axis=1)
             total = jnp.mean(jax.vmap(weight)(sigma) * squares)
@@ -186,12 +190,14 @@ class CriticObjective(Objective):
         real, real_cond = model.draw_positives(cond, self.batch_size, key=key_positive)
         check(real.shape == x_t.shape, "positives", f"of shape {x_t.shape}", f"shape {real.shape}")
         real = real.astype(x_t.dtype)
+        # The levels of the negatives serve the positives too: both are judged at the same ones.
         real = real + spread(sigma, real) * jr.normal(key_noise, real.shape, real.dtype)
         logit = jax.vmap(lambda y, s, c: net(y, s, c))
         on_real = logit(real, sigma, real_cond)
         on_fake = logit(x_t, sigma, cond)
         value = jnp.mean(jax.nn.softplus(-on_real)) + jnp.mean(jax.nn.softplus(on_fake))
         both = jnp.concatenate([on_real, on_fake])
+        # Watched, because a saturated discriminator trains on happily while its ratios mean nothing.
         saturation = jnp.mean((jnp.abs(both) > SATURATED).astype(both.dtype))
         aux = {"discriminator_loss": value, "saturation": saturation}
         if self.smoothness is not None:
