@@ -80,7 +80,7 @@ def test_log_ratios_of_any_dtype_are_floats(dtype):
     """The exponential of 11.1 is beyond half precision, and minus an unsigned integer is not negative."""
     u = np.array([0, 3, 12]).astype(dtype)
     single = np.array(u, float)
-    for divergence in (gd.JensenShannon(), gd.Alpha(0.3).dual(), gd.ReverseKL().skew(0.3), gd.PearsonChi2()):
+    for divergence in (gd.JensenShannon(), gd.ReverseKL().dual()):
         for name in ("phi", "weight", "reward"):
             got = getattr(divergence, name)(u)
             np.testing.assert_allclose(got, getattr(divergence, name)(single), rtol=1e-5, atol=1e-6)
