@@ -3,7 +3,7 @@
 import abc
 
 import equinox as eqx
-from jaxtyping import Array, ArrayLike, Float, Key, Real
+from jaxtyping import Array, ArrayLike, Float, Key, Real, Shaped
 
 
 class AbstractBridge(eqx.Module):
@@ -14,7 +14,7 @@ class AbstractBridge(eqx.Module):
 
     epsilon: eqx.AbstractVar[Float[Array, ""]]
 
-    def __call__(self, t: Real[ArrayLike, " ..."], x: Float[ArrayLike, " *batch d"]) -> Float[Array, " ..."]:
+    def __call__(self, t: Real[ArrayLike, " ..."], x: Shaped[ArrayLike, " *batch d"]) -> Float[Array, " ..."]:
         """The drift: a bridge can be called like the field it is."""
         return self.drift(t, x)
 
@@ -24,12 +24,12 @@ class AbstractBridge(eqx.Module):
         return None
 
     @abc.abstractmethod
-    def drift(self, t: Real[ArrayLike, " ..."], x: Float[ArrayLike, " *batch d"]) -> Float[Array, " ..."]:
+    def drift(self, t: Real[ArrayLike, " ..."], x: Shaped[ArrayLike, " *batch d"]) -> Float[Array, " ..."]:
         """The drift at time `t` and state `x`; leading axes broadcast."""
 
     @abc.abstractmethod
     def sample(
-        self, x0: Float[ArrayLike, " *batch d"], ts: Real[ArrayLike, " n"], *, key: Key[Array, ""]
+        self, x0: Shaped[ArrayLike, " *batch d"], ts: Real[ArrayLike, " n"], *, key: Key[Array, ""]
     ) -> Float[Array, " *batch n d"]:
         """Paths on the grid `ts` that start in `x0`."""
 
@@ -43,5 +43,5 @@ class AbstractExactBridge(AbstractBridge):
         """The dimension of the space."""
 
     @abc.abstractmethod
-    def path_log_prob(self, ts: Real[ArrayLike, " n"], xs: Float[ArrayLike, " *batch n d"]) -> Float[Array, " *batch"]:
+    def path_log_prob(self, ts: Real[ArrayLike, " n"], xs: Shaped[ArrayLike, " *batch n d"]) -> Float[Array, " *batch"]:
         """Log p(xs[1:] at ts[1:] | xs[0] at ts[0])."""

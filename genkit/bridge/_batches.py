@@ -1,16 +1,21 @@
 """Batches of both ends, unpaired or coupled, as the `data` of a recipe."""
 
+import warnings
+from collections.abc import Mapping
+
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from genkit._core._checks import fail
+from genkit._core._checks import check_count, fail
 from genkit.divergence import PointCost, sinkhorn_potentials
 
 
 COUPLINGS = ("independent", "sinkhorn", "paired")
+# Pairs are drawn row by row, so a loose marginal is enough.
+_TOLERANCE = 1e-2
 
 
 class UnpairedBatches(eqx.Module):
@@ -34,6 +39,10 @@ class UnpairedBatches(eqx.Module):
     batch_size: int | None = eqx.field(static=True)
     noise: Float[Array, ""] | None = None
 
+    def __check_init__(self):
+        if self.batch_size is not None:
+            check_count("batch_size", self.batch_size)
+
     def __call__(self, key: Key[Array, ""]) -> tuple[Float[Array, " b d"], Float[Array, " b2 d"]]:
         """Draw one batch with replacement.
 
@@ -54,6 +63,7 @@ class UnpairedBatches(eqx.Module):
         if self.batch_size is None:
             return self.x0, self.x1
         key0, key1 = jr.split(key)
+        # Both ends independently: pairs of the same row would be a plan that nobody asked for.
         index0 = jr.randint(key0, (self.batch_size,), 0, self.x0.shape[0])
         index1 = jr.randint(key1, (self.batch_size,), 0, self.x1.shape[0])
         return self.x0[index0], self.x1[index1]
@@ -134,10 +144,26 @@ class SinkhornBatches(eqx.Module):
         log_a = jnp.full(x0.shape[0], -np.log(x0.shape[0]), x0.dtype)
         log_b = jnp.full(x1.shape[0], -np.log(x1.shape[0]), x1.dtype)
         cost = PointCost(x0, x1)
-        # Pairs are drawn row by row, so a loose marginal is enough.
-        state = sinkhorn_potentials(cost, log_a, log_b, self.epsilon, tolerance=1e-2, max_iterations=200)
+        state = sinkhorn_potentials(cost, log_a, log_b, self.epsilon, tolerance=_TOLERANCE, max_iterations=200)
         logits = cost.map_rows(lambda row, i: state.log_density(row, i, self.epsilon))
         return x0, x1[jr.categorical(key_pair, logits)], state.marginal_error
+
+
+def warn_of_couplings(log: Mapping[str, np.ndarray]) -> None:
+    """Warn where the plans of most batches had not converged, so that the end of the pairs is not the target.
+
+    Args:
+        log: metrics of a training on coupled batches.
+    """
+    errors = np.asarray(log.get("coupling_error", np.zeros(1)))
+    share = float(np.mean(errors > _TOLERANCE))
+    if share > 0.5:
+        warnings.warn(
+            f"the entropic plans of {100 * share:.0f} % of the batches had not converged after 200 sweeps (median "
+            f"marginal error {float(np.median(errors)):.2g}): the ends of their pairs are not those of the target. "
+            "Raise `epsilon`, rescale the points, or take coupling='independent'.",
+            stacklevel=3,
+        )
 
 
 def coupled_batches(

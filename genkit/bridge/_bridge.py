@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import numpyro.distributions as dist
-from jaxtyping import Array, ArrayLike, Float, Key, Real
+from jaxtyping import Array, ArrayLike, Float, Key, Real, Shaped
 
 from genkit._core._checks import check, check_finite, check_key, check_shape, fail, is_concrete
 from genkit._core._fields import FROZEN
@@ -88,7 +88,7 @@ class Bridge(AbstractExactBridge):
 
     # --- forward: all from the potential -----------------------------------------------------------------------
 
-    def drift(self, t: Real[ArrayLike, " ..."], x: Float[ArrayLike, " *batch d"]) -> Float[Array, " ..."]:
+    def drift(self, t: Real[ArrayLike, " ..."], x: Shaped[ArrayLike, " *batch d"]) -> Float[Array, " ..."]:
         """The drift epsilon grad log phi(x, t); finite at t = 1.
 
         Args:
@@ -100,7 +100,7 @@ class Bridge(AbstractExactBridge):
         """
         return self.potential.drift(x, t)
 
-    def coupling(self, x0: Float[ArrayLike, " *batch d"]) -> dist.MixtureSameFamily:
+    def coupling(self, x0: Shaped[ArrayLike, " *batch d"]) -> dist.MixtureSameFamily:
         """The plan given its start: the distribution of X1 given X0 = x0.
 
         Args:
@@ -110,11 +110,11 @@ class Bridge(AbstractExactBridge):
             A numpyro mixture with batch shape (...) and event shape (d,).
         """
         check_points("x0", x0, self.dim)
-        return self.potential.coupling(jnp.asarray(x0))
+        return self.potential.coupling(x0)
 
     def sample(
         self,
-        x0: Float[ArrayLike, " *batch d"],
+        x0: Shaped[ArrayLike, " *batch d"],
         ts: Real[ArrayLike, " n"],
         *,
         start: Real[ArrayLike, ""] = 0.0,
@@ -152,9 +152,9 @@ class Bridge(AbstractExactBridge):
     def transition_log_prob(
         self,
         s: Real[ArrayLike, " ..."],
-        x: Float[ArrayLike, " *#batch d"],
+        x: Shaped[ArrayLike, " *#batch d"],
         t: Real[ArrayLike, " ..."],
-        y: Float[ArrayLike, " *#batch d"],
+        y: Shaped[ArrayLike, " *#batch d"],
     ) -> Float[Array, " ..."]:
         """Log p(X_t = y | X_s = x), exact: the reference kernel times the ratio of the potential.
 
@@ -171,10 +171,12 @@ class Bridge(AbstractExactBridge):
         check_points("y", y, self.dim)
         if is_concrete(s) and is_concrete(t) and not np.all(np.asarray(s) < np.asarray(t)):
             fail("s", "earlier than `t`", f"s = {s}, t = {t}")
-        kernel = self.reference.log_kernel(s, jnp.asarray(x), t, jnp.asarray(y))
+        # Differences of unsigned integers would wrap around.
+        x, y = as_floats(x, y)
+        kernel = self.reference.log_kernel(s, x, t, y)
         return kernel + self.potential.log_value(y, t) - self.potential.log_value(x, s)
 
-    def path_log_prob(self, ts: Real[ArrayLike, " n"], xs: Float[ArrayLike, " *batch n d"]) -> Float[Array, " *batch"]:
+    def path_log_prob(self, ts: Real[ArrayLike, " n"], xs: Shaped[ArrayLike, " *batch n d"]) -> Float[Array, " *batch"]:
         """Log p(xs[1:] at ts[1:] | xs[0] at ts[0]), exact: the ratios of the potential telescope.
 
         Args:
@@ -188,12 +190,12 @@ class Bridge(AbstractExactBridge):
         check_shape("xs", xs, (*[None] * (np.ndim(xs) - 2), np.shape(ts)[0], self.dim), "One state per time.")
         check_finite("xs", xs)
         ts = jnp.asarray(ts)
-        xs = jnp.asarray(xs)
+        xs = as_floats(xs)[0]
         kernels = self.reference.log_kernel(ts[:-1], xs[..., :-1, :], ts[1:], xs[..., 1:, :])
         ends = self.potential.log_value(xs[..., -1, :], ts[-1]) - self.potential.log_value(xs[..., 0, :], ts[0])
         return jnp.sum(kernels, -1) + ends
 
-    def objective(self, x0: Float[ArrayLike, " n d"], x1: Float[ArrayLike, " m d"]) -> Float[Array, ""]:
+    def objective(self, x0: Shaped[ArrayLike, " n d"], x1: Shaped[ArrayLike, " m d"]) -> Float[Array, ""]:
         """Mean log c(x0) - mean log v(x1): the Kullback-Leibler divergence from the true plan, up to a constant.
 
         Args:
@@ -205,11 +207,12 @@ class Bridge(AbstractExactBridge):
         """
         check_points("x0", x0, self.dim)
         check_points("x1", x1, self.dim)
+        check(min(np.size(x0), np.size(x1)) > 0, "x0 and x1", "non-empty", "no points")
         return jnp.mean(self.potential.log_c(x0)) - jnp.mean(self.potential.log_v(x1))
 
     # --- backward: needs the source ------------------------------------------------------------------------------
 
-    def with_source(self, source: Float[ArrayLike, " n d"]) -> "Bridge":
+    def with_source(self, source: Shaped[ArrayLike, " n d"]) -> "Bridge":
         """The bridge started in the empirical distribution of `source`, so that it can look back in time.
 
         Args:
@@ -219,11 +222,11 @@ class Bridge(AbstractExactBridge):
             A bridge with marginals, score, backward drift and reverse.
         """
         check_points("source", source, self.dim)
-        points = jnp.asarray(source)
-        check(points.ndim == 2, "source", "samples of shape (n, d)", points)
+        points = as_floats(source)[0]
+        check(points.ndim == 2 and points.shape[0] > 0, "source", "samples of shape (n, d)", points)
         return Bridge(self.potential, self.reference, self._empirical(points), points)
 
-    def reverse(self, source: Float[ArrayLike, " n d"] | None = None) -> "Bridge":
+    def reverse(self, source: Shaped[ArrayLike, " n d"] | None = None) -> "Bridge":
         """The process run backward, as a bridge on its own clock: time t here is 1-t there.
 
         Args:
@@ -237,7 +240,7 @@ class Bridge(AbstractExactBridge):
             bridge = self.with_source(source)
         return Bridge(bridge._backward(), self.reference, bridge.potential)
 
-    def marginal_log_prob(self, t: Real[ArrayLike, " ..."], x: Float[ArrayLike, " *batch d"]) -> Float[Array, " ..."]:
+    def marginal_log_prob(self, t: Real[ArrayLike, " ..."], x: Shaped[ArrayLike, " *batch d"]) -> Float[Array, " ..."]:
         """Log p_t(x) = log phi(x, t) + log hatphi(x, t), normalized.
 
         Args:
@@ -249,7 +252,7 @@ class Bridge(AbstractExactBridge):
         """
         return self.potential.log_value(x, t) + self._backward().log_value(x, 1.0 - jnp.asarray(t))
 
-    def backward_drift(self, t: Real[ArrayLike, " ..."], x: Float[ArrayLike, " *batch d"]) -> Float[Array, " ..."]:
+    def backward_drift(self, t: Real[ArrayLike, " ..."], x: Shaped[ArrayLike, " *batch d"]) -> Float[Array, " ..."]:
         """The drift epsilon grad log hatphi of the process run backward, at time `t` of the forward clock.
 
         Args:
@@ -261,7 +264,7 @@ class Bridge(AbstractExactBridge):
         """
         return self._backward().drift(x, 1.0 - jnp.asarray(t))
 
-    def score(self, t: Real[ArrayLike, " ..."], x: Float[ArrayLike, " *batch d"]) -> Float[Array, " ..."]:
+    def score(self, t: Real[ArrayLike, " ..."], x: Shaped[ArrayLike, " *batch d"]) -> Float[Array, " ..."]:
         """Grad log p_t(x).
 
         Args:
@@ -273,7 +276,7 @@ class Bridge(AbstractExactBridge):
         """
         return (self.drift(t, x) + self.backward_drift(t, x)) / self.epsilon
 
-    def probability_flow(self, t: Real[ArrayLike, " ..."], x: Float[ArrayLike, " *batch d"]) -> Float[Array, " ..."]:
+    def probability_flow(self, t: Real[ArrayLike, " ..."], x: Shaped[ArrayLike, " *batch d"]) -> Float[Array, " ..."]:
         """The velocity of the ordinary differential equation with the same marginals: drift - epsilon score / 2.
 
         Args:

@@ -17,6 +17,7 @@ ANCHOR_PERIOD = 100
 
 def settle(potential: MixturePotential) -> MixturePotential:
     """The potential with the largest log-weight zero and scales in range; its plan changes only where they were not."""
+    # A common shift of the log-weights is no part of the plan.
     log_weights = potential.log_weights - jnp.max(potential.log_weights)
     scale = potential.scale.clipped(*LOG_RANGE)
     return eqx.tree_at(lambda p: (p.log_weights, p.scale), potential, (log_weights, scale))
@@ -24,6 +25,7 @@ def settle(potential: MixturePotential) -> MixturePotential:
 
 def find_anchors(potential: MixturePotential, x0: Float[Array, " n d"]) -> Float[Array, " k d"]:
     """The mean of the source points that each component takes care of, from the center."""
+    # Normalized over components first, then over points: each component by the points it takes care of.
     logits = jax.vmap(lambda x: jax.nn.log_softmax(potential.terms(x, 0.0)))(x0)
     return jax.nn.softmax(logits, 0).T @ (x0 - potential.center)
 
@@ -36,6 +38,7 @@ def anchored(potential: MixturePotential, anchors: Float[Array, " k d"], sign: f
     """
     moved = potential.scale.apply(anchors)
     shifts = potential.shifts + sign * moved
+    # The tilt is that of the shifts before they are moved, whichever way this goes.
     if sign > 0:
         raw = potential.shifts
     else:

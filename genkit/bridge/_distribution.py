@@ -53,6 +53,7 @@ class BridgeDistribution(dist.Distribution):
             fail("ts", "a grid that starts at 0, where `source` holds", f"{ts}")
         self.bridge = bridge
         self.source = source
+        # After the checks, which read known times; a traced grid passes them.
         self.ts = jnp.asarray(ts)
         super().__init__((), (self.ts.shape[0], bridge.dim), validate_args=validate_args)
 

@@ -32,6 +32,7 @@ def euler_maruyama(
     """
 
     def advance(i: Array, x: Array) -> Array:
+        # The drift at the start of a step: at t = 1 it may be singular, and is never asked.
         moved = x + step * bridge.drift(start + i * step, x)
         return moved + jnp.sqrt(bridge.epsilon * step) * noise(i)
 

@@ -108,6 +108,7 @@ def run(training: LightTraining, key: Key[Array, ""]) -> FittedBridge:
     """
     key_fit, key_report = jr.split(key)
     fitted = fit(training.recipe(name="bridge", with_source=False), key=key_fit)
+    # L-BFGS has no objective of its own before the descent.
     traces = []
     if training.options.optimizer == "adam":
         traces.append(jnp.asarray(fitted.log["loss"]))

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Key, Shaped
 
 from genkit._core._checks import check_choice, check_count, check_key
-from genkit.bridge._batches import COUPLINGS, coupled_batches
+from genkit.bridge._batches import COUPLINGS, coupled_batches, warn_of_couplings
 from genkit.bridge._fit_light import run
 from genkit.bridge._inputs import Scalar, check_epsilon, check_samples
 from genkit.bridge._light_options import LightFit, LightTraining
@@ -71,4 +71,6 @@ def fit_matching(
     epsilon = jnp.asarray(epsilon, x1.dtype)
     data = coupled_batches(coupling, x0, x1, epsilon, batch_size)
     training = LightTraining(x0, x1, epsilon, options, data=data, objective=MatchingObjective(t_max))
-    return run(training, key)
+    fitted = run(training, key)
+    warn_of_couplings(fitted.log)
+    return fitted

@@ -48,6 +48,13 @@ def check_points(name: str, x: Shaped[ArrayLike, " *batch d"], dim: int) -> None
     check_finite(name, x)
 
 
+def check_sample(name: str, x: Shaped[ArrayLike, " n d"], dim: int) -> None:
+    """Refuse anything but finite points (n, d), at least one."""
+    check_shape(name, x, (None, dim), "One point per row.")
+    check(np.shape(x)[0] > 0, name, "non-empty", "no points")
+    check_finite(name, x)
+
+
 def check_covariance(name: str, cov: Shaped[ArrayLike, " ..."], dim: int) -> Float[Array, " *k d d"]:
     """`cov` (one or a stack of full matrices) as floats; refuse degenerate concrete ones."""
     matrices = as_floats(cov)[0]
@@ -60,6 +67,7 @@ def check_covariance(name: str, cov: Shaped[ArrayLike, " ..."], dim: int) -> Flo
     if asymmetry > 1e-5 * np.abs(values).max():
         fail(name, "symmetric", f"an asymmetry of {asymmetry:.3g}")
     eigenvalues = np.linalg.eigvalsh(values)
+    # Relative to the largest: units are the user's business, the condition is not.
     smallest = float((eigenvalues[..., 0] / eigenvalues[..., -1]).min())
     if not smallest > 10 * dim * float(jnp.finfo(matrices.dtype).eps):
         hint = "Add a small multiple of the identity, or leave out constant and duplicate coordinates."
@@ -89,6 +97,7 @@ def check_samples(
 def _check_spread(name: str, x: np.ndarray, *, needs_rank: bool) -> None:
     """Refuse samples without variance in some coordinate, or in some direction where covariances are matrices."""
     std = x.std(0)
+    # A coordinate that does not vary has no scale, and its component no finite likelihood.
     if not std.min() > 1e-6 * std.max():
         got = f"a standard deviation of {std.min():.3g} in coordinate {int(std.argmin())}"
         hint = "Leave out constant coordinates, or add noise; divide coordinates by their standard deviations where "

@@ -91,6 +91,7 @@ class LightFit(eqx.Module):
     @property
     def revival_cycles(self) -> range:
         """The numbers of steps after which components are examined."""
+        # Not too often: what was revived needs steps before it can be judged again.
         period = max(25, self.num_steps // 40)
         return range(period, int(_LAST_REVIVAL * self.num_steps) + 1, period)
 
@@ -109,6 +110,7 @@ class LightFit(eqx.Module):
             The potential.
         """
         shared = {"num_components": self.num_components, "kind": self.scale, "rank": self.rank, "key": key}
+        # The published start looks at the target alone.
         if self.is_published:
             return published_start(x1, epsilon, start_scale=jnp.asarray(self.start_scale, x1.dtype), **shared)
         return balanced_start(x0, x1, epsilon, **shared)
@@ -145,6 +147,7 @@ class LightTraining:
         self.unpaired = _unpaired(x0, x1, options)
         self.data = data or self.unpaired
         self.objective = objective or LightObjective()
+        # The hooks outlive the recipe: the report asks them what they did.
         self.revival = Revival(self.few0, self.few1)
         steps = options.polish
         if options.optimizer == "lbfgs":
@@ -186,6 +189,7 @@ class LightTraining:
         optimizer = self._adam()
         hooks = []
         cycles = []
+        # Short fits have no cycle after which anything is examined.
         if self.options.is_guarded and len(self.options.revival_cycles):
             hooks.append(self.revival)
             cycles.append(self.options.revival_cycles)
@@ -217,6 +221,7 @@ def _rate(given: Scalar | None, default: float, dtype: jnp.dtype) -> Float[Array
 def _unpaired(x0: Float[Array, " n d"], x1: Float[Array, " m d"], options: LightFit) -> UnpairedBatches:
     batch_size = options.batch_size
     if batch_size is None:
+        # Batches of 128 are the published recipe; larger ones make up for the larger rate of the balanced start.
         batch_size = 128 if options.is_published else 1024
     noise = None
     if options.noise is not None:

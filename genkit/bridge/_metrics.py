@@ -4,19 +4,20 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, ArrayLike, Float, Key
+from jaxtyping import Array, ArrayLike, Float, Key, Shaped
 
-from genkit._core._checks import check_count, check_key, check_shape
+from genkit._core._checks import check_count, check_finite, check_key, check_shape
 from genkit.bridge._bridge import Bridge
 from genkit.bridge._gaussian import symmetric_function
+from genkit.bridge._inputs import as_floats, check_sample
 from genkit.bridge._potential import MixturePotential
 
 
 def bw2_uvp(
-    mean: Float[ArrayLike, " d"],
-    cov: Float[ArrayLike, " d d"],
-    true_mean: Float[ArrayLike, " d"],
-    true_cov: Float[ArrayLike, " d d"],
+    mean: Shaped[ArrayLike, " d"],
+    cov: Shaped[ArrayLike, " d d"],
+    true_mean: Shaped[ArrayLike, " d"],
+    true_cov: Shaped[ArrayLike, " d d"],
     variance: Float[ArrayLike, ""],
 ) -> Float[Array, ""]:
     r"""Squared Bures-Wasserstein distance of two Gaussians in percent of the variance.
@@ -40,10 +41,16 @@ def bw2_uvp(
 
     Source: Gushchin et al., "Building the bridge of Schrödinger", NeurIPS 2023, section 5.
     """
-    mean, cov, true_mean, true_cov = (jnp.asarray(part) for part in (mean, cov, true_mean, true_cov))
+    check_finite("mean", mean)
+    check_finite("cov", cov)
+    check_finite("true_mean", true_mean)
+    check_finite("true_cov", true_cov)
+    mean, cov, true_mean, true_cov = as_floats(mean, cov, true_mean, true_cov)
+    # Rounding may make an eigenvalue of a semi-definite matrix negative.
     root = symmetric_function(lambda s: jnp.sqrt(jnp.maximum(s, 0.0)), cov)
     cross = jnp.sum(jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(root @ true_cov @ root), 0.0)))
     distance = jnp.sum((mean - true_mean) ** 2) + jnp.trace(cov) + jnp.trace(true_cov) - 2.0 * cross
+    # Equal Gaussians may come out a rounding below zero.
     return 100.0 * jnp.maximum(distance, 0.0) / variance
 
 
@@ -67,9 +74,8 @@ def conditional_moments(
     return mean, within + (weights[:, None] * residual).T @ residual
 
 
-@eqx.filter_jit
 def cbw2_uvp(
-    bridge: Bridge, truth: Bridge, x0: Float[ArrayLike, " n d"], x1: Float[ArrayLike, " m d"]
+    bridge: Bridge, truth: Bridge, x0: Shaped[ArrayLike, " n d"], x1: Shaped[ArrayLike, " m d"]
 ) -> Float[Array, ""]:
     """cBW2-UVP: `bw2_uvp` between the conditional distributions of X1 given x0, averaged over x0; both in closed form.
 
@@ -91,21 +97,27 @@ def cbw2_uvp(
 
     Source: Gushchin et al., "Building the bridge of Schrödinger", NeurIPS 2023, section 5.
     """
-    check_shape("x0", x0, (None, bridge.dim))
-    check_shape("x1", x1, (None, bridge.dim))
-    variance = jnp.sum(jnp.var(jnp.asarray(x1), 0))
+    check_sample("x0", x0, bridge.dim)
+    check_sample("x1", x1, bridge.dim)
+    return _cbw2_uvp(bridge, truth, *as_floats(x0, x1))
+
+
+@eqx.filter_jit
+def _cbw2_uvp(bridge: Bridge, truth: Bridge, x0: Float[Array, " n d"], x1: Float[Array, " m d"]) -> Float[Array, ""]:
+    """The mean over starting points, compiled."""
+    # In percent of the target, so that figures of different data compare.
+    variance = jnp.sum(jnp.var(x1, 0))
 
     def one(x: Float[Array, " d"]) -> Float[Array, ""]:
         ours = conditional_moments(bridge.potential, x)
         theirs = conditional_moments(truth.potential, x)
         return bw2_uvp(*ours, *theirs, variance)
 
-    return jnp.mean(jax.lax.map(one, jnp.asarray(x0), batch_size=64))
+    return jnp.mean(jax.lax.map(one, x0, batch_size=64))
 
 
-@eqx.filter_jit
 def plan_kl(
-    truth: Bridge, bridge: Bridge, x0: Float[ArrayLike, " n d"], x1: Float[ArrayLike, " n d"]
+    truth: Bridge, bridge: Bridge, x0: Shaped[ArrayLike, " n d"], x1: Shaped[ArrayLike, " n d"]
 ) -> Float[Array, ""]:
     """KL(truth || bridge) of the two plans, and so of the two path distributions, from pairs of the true plan.
 
@@ -125,8 +137,15 @@ def plan_kl(
         >>> print(gk.bridge.plan_kl(bridge, bridge, x, x + 1.0))
         0.0
     """
-    check_shape("x0", x0, (None, truth.dim))
+    check_sample("x0", x0, truth.dim)
+    check_sample("x1", x1, truth.dim)
     check_shape("x1", x1, jnp.shape(x0))
+    return _plan_kl(truth, bridge, *as_floats(x0, x1))
+
+
+@eqx.filter_jit
+def _plan_kl(truth: Bridge, bridge: Bridge, x0: Float[Array, " n d"], x1: Float[Array, " n d"]) -> Float[Array, ""]:
+    """The mean log-ratio of the plans, compiled."""
 
     def log_plan(bridge: Bridge) -> Float[Array, " n"]:
         return bridge.potential.log_value(x1, 1.0) - bridge.potential.log_value(x0, 0.0)
@@ -137,7 +156,7 @@ def plan_kl(
 def path_kl(
     truth: Bridge,
     bridge: Bridge,
-    x0: Float[ArrayLike, " n d"],
+    x0: Shaped[ArrayLike, " n d"],
     *,
     num_times: int = 32,
     key: Key[Array, ""],
@@ -167,8 +186,8 @@ def path_kl(
     """
     check_key(key)
     check_count("num_times", num_times)
-    check_shape("x0", x0, (None, truth.dim))
-    return _path_kl(truth, bridge, jnp.asarray(x0), num_times, key)
+    check_sample("x0", x0, truth.dim)
+    return _path_kl(truth, bridge, as_floats(x0)[0], num_times, key)
 
 
 @eqx.filter_jit
@@ -177,6 +196,7 @@ def _path_kl(
 ) -> Float[Array, ""]:
     """The Monte Carlo estimate of `path_kl`, compiled."""
     key_time, key_path = jr.split(key)
+    # One time in each stratum: a time integral by as many independent times would be noisier.
     jitter = jr.uniform(key_time, (num_times,), x0.dtype)
     ts = (jnp.arange(num_times, dtype=x0.dtype) + jitter) / num_times
     xs = truth.sample(x0, ts, key=key_path)

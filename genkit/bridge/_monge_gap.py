@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Real, Shaped
 
-from genkit._core._checks import check_finite, check_shape
+from genkit._core._checks import check, check_finite, check_shape
 from genkit.bridge._inputs import as_floats, check_epsilon
 from genkit.divergence import MatrixCost, PointCost, sinkhorn_potentials, transport_value
 
@@ -55,6 +55,7 @@ def monge_gap(
     """
     check_epsilon(epsilon)
     check_shape("x", x, (None, None), "One sample per row.")
+    check(np.shape(x)[0] > 0, "x", "samples of shape (n, d)", x)
     check_finite("x", x)
     x = as_floats(x)[0]
     y = jax.vmap(map_fn)(x)

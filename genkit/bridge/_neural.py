@@ -11,7 +11,7 @@ from jaxtyping import Array, ArrayLike, Float, Key, Real, Shaped
 from genkit._core._checks import check_choice, check_count, check_finite, check_key, check_positive
 from genkit._core._fields import FROZEN, as_number
 from genkit.bridge._abstract import AbstractBridge
-from genkit.bridge._batches import COUPLINGS, coupled_batches
+from genkit.bridge._batches import COUPLINGS, coupled_batches, warn_of_couplings
 from genkit.bridge._euler import euler_maruyama
 from genkit.bridge._inputs import Scalar, as_floats, check_epsilon, check_samples, check_times
 from genkit.bridge._objectives import ScoreAndFlowMatching
@@ -45,7 +45,7 @@ class NeuralBridge(AbstractBridge):
     epsilon: Float[Array, ""] = eqx.field(metadata=FROZEN, converter=as_number)
     substeps: int = eqx.field(static=True, default=50)
 
-    def drift(self, t: Real[ArrayLike, " ..."], x: Float[ArrayLike, " *batch d"]) -> Float[Array, " ..."]:
+    def drift(self, t: Real[ArrayLike, " ..."], x: Shaped[ArrayLike, " *batch d"]) -> Float[Array, " ..."]:
         """The drift at time `t` and state `x`.
 
         Args:
@@ -59,9 +59,10 @@ class NeuralBridge(AbstractBridge):
         def at(t: Array, x: Array) -> Array:
             return self.flow(t, x) + self.half_score(t, x)
 
-        return jnp.vectorize(at, signature="(),(d)->(d)")(jnp.asarray(t, jnp.asarray(x).dtype), x)
+        x = as_floats(x)[0]
+        return jnp.vectorize(at, signature="(),(d)->(d)")(jnp.asarray(t, x.dtype), x)
 
-    def probability_flow(self, t: Real[ArrayLike, " ..."], x: Float[ArrayLike, " *batch d"]) -> Float[Array, " ..."]:
+    def probability_flow(self, t: Real[ArrayLike, " ..."], x: Shaped[ArrayLike, " *batch d"]) -> Float[Array, " ..."]:
         """The velocity of the ordinary differential equation with the same marginals.
 
         Args:
@@ -71,10 +72,11 @@ class NeuralBridge(AbstractBridge):
         Returns:
             Shape (..., d).
         """
-        return jnp.vectorize(self.flow, signature="(),(d)->(d)")(jnp.asarray(t, jnp.asarray(x).dtype), x)
+        x = as_floats(x)[0]
+        return jnp.vectorize(self.flow, signature="(),(d)->(d)")(jnp.asarray(t, x.dtype), x)
 
     def sample(
-        self, x0: Float[ArrayLike, " *batch d"], ts: Real[ArrayLike, " n"], *, key: Key[Array, ""]
+        self, x0: Shaped[ArrayLike, " *batch d"], ts: Real[ArrayLike, " n"], *, key: Key[Array, ""]
     ) -> Float[Array, " *batch n d"]:
         """Paths on the grid `ts` from `x0` at time 0, by Euler-Maruyama with `substeps` steps per interval.
 
@@ -91,6 +93,7 @@ class NeuralBridge(AbstractBridge):
         check_finite("x0", x0)
         x0 = as_floats(x0)[0]
         ts = jnp.asarray(ts, x0.dtype)
+        # Paths start at 0, whether or not the grid does.
         knots = jnp.concatenate([jnp.zeros(1, x0.dtype), ts])
 
         def interval(x: Array, args: tuple[Array, Array, Key[Array, ""]]) -> tuple[Array, Array]:
@@ -186,4 +189,5 @@ def sf2m(
     phase = Phase(ScoreAndFlowMatching(), CosineAdamW(rate).transformation())
     data = coupled_batches(coupling, x0, x1, epsilon, batch_size)
     fitted = fit(Recipe(build, data, phase, num_steps, name="sf2m"), key=key)
+    warn_of_couplings(fitted.log)
     return FittedBridge.extend(fitted, report=jnp.asarray(fitted.log["loss"]))

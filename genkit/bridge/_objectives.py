@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key, PyTree
 
-from genkit._core._checks import check_interval
+from genkit._core._checks import check, check_interval
 from genkit.bridge._bridge import Bridge
 from genkit.bridge._potential import MixturePotential
 from genkit.training import Objective
@@ -27,11 +27,24 @@ def light_loss(potential: MixturePotential, x0: Float[Array, " n d"], x1: Float[
     Returns:
         A scalar in nats.
     """
+    _check_batch(x0, x1)
 
     def value(x: Float[Array, " n d"], t: float) -> Float[Array, ""]:
         return jnp.mean(jax.vmap(lambda x: jax.nn.logsumexp(potential.terms(x, t)))(x))
 
     return value(x0, 0.0) - value(x1, 1.0) + light_constant(potential, x0, x1)
+
+
+def _check_batch(x0: Float[Array, " n d"], x1: Float[Array, " m d"]) -> None:
+    """Refuse batches without points, whose means are NaN."""
+    for name, x in (("x0", x0), ("x1", x1)):
+        check(x.shape[0] > 0, name, "a batch of points (n, d)", x, "An empty batch has no loss.")
+
+
+def _check_pairs(x0: Float[Array, " n d"], x1: Float[Array, " m d"]) -> None:
+    """Refuse batches that are empty, or not paired row by row."""
+    _check_batch(x0, x1)
+    check(x0.shape == x1.shape, "x1", lambda: f"of shape {x0.shape}, one end for each start", x1)
 
 
 def light_constant(potential: MixturePotential, x0: Float[Array, " n d"], x1: Float[Array, " m d"]) -> Float[Array, ""]:
@@ -126,6 +139,7 @@ class MatchingObjective(Objective):
             Half the mean squared error over epsilon (nats), and the error of the coupling, where it has one.
         """
         x0, x1, *errors = batch
+        _check_pairs(x0, x1)
         key_time, key_noise = jr.split(key)
         t = jr.uniform(key_time, (x0.shape[0], 1), x0.dtype, 0.0, self.t_max)
         noise = jnp.sqrt(model.epsilon * t * (1.0 - t)) * jr.normal(key_noise, x0.shape, x0.dtype)
@@ -144,6 +158,7 @@ class ScoreAndFlowMatching(Objective):
         self, model: PyTree, batch: Batch, *, key: Key[Array, ""]
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         x0, x1, *errors = batch
+        _check_pairs(x0, x1)
         key_time, key_noise = jr.split(key)
         # The targets grow without bound towards both ends of time.
         t = jr.uniform(key_time, (x0.shape[0], 1), x0.dtype, 1e-3, 1.0 - 1e-3)

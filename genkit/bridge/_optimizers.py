@@ -38,6 +38,7 @@ def _adam_in_units(
 ) -> optax.GradientTransformation:
     """Adam on a potential with a unit of its own for each kind of parameter."""
 
+    # After Adam, whose steps have the size of the rate whatever the units of the gradient.
     def scaled(updates: MixturePotential, params: PyTree) -> MixturePotential:
         del params
         units = (shift_unit, weight_unit)
@@ -125,11 +126,14 @@ class LightAdam(eqx.Module):
             def back(free: MixturePotential) -> MixturePotential:
                 return parameters_of(anchored(eqx.combine(free, moved), state.anchors, -1.0))
 
+            # The gradient came in the parameters of the potential: the chain rule takes it to the anchored ones.
             (gradient,) = jax.vjp(back, free)[1](gradient)
             steps, inner = adam.update(gradient, state.adam, free)
             new = settle(self._whole(back(optax.apply_updates(free, steps))))
+            # Moved seldom: a change of coordinates makes the moments of Adam stale.
             due = state.step % ANCHOR_PERIOD == ANCHOR_PERIOD - 1
             anchors = jax.lax.cond(due, lambda: find_anchors(new, points), lambda: state.anchors)
+        # Optax adds what it gets, so the step is told as a difference.
         step = jax.tree.map(jnp.subtract, parameters_of(new), params.potential)
         changed = eqx.tree_at(lambda bridge: bridge.potential, updates, step)
         return changed, AnchoredState(anchors, state.width, state.step + 1, inner)
@@ -161,9 +165,11 @@ class LightAdam(eqx.Module):
 
 @eqx.filter_jit
 def _forget(optimizer: LightAdam, state: AnchoredState, before: Bridge, after: Bridge) -> AnchoredState:
+    # Told by their shifts: a revived component is put a little apart from its parent.
     replaced = jnp.any(before.potential.shifts != after.potential.shifts, -1)
 
     def cleared(leaf: Array) -> Array:
+        # Counts of steps stay.
         if leaf.ndim == 0:
             return leaf
         keep = 1.0 - replaced.astype(leaf.dtype)
@@ -213,4 +219,5 @@ class CosineAdamW(eqx.Module):
         return self._adam().update(updates, state, params)
 
     def _adam(self) -> optax.GradientTransformation:
+        # So little decay that it only keeps idle weights of networks from drifting.
         return optax.adamw(self.rate, weight_decay=1e-5)

@@ -31,6 +31,7 @@ def mean_gap(potential: MixturePotential, x0: Float[Array, " n d"], x1: Float[Ar
     """
 
     def mean(x: Float[Array, " n d"], t: float) -> Float[Array, ""]:
+        # Checkpointed, so that a gradient holds one block of terms and not all of them.
         value = jax.checkpoint(lambda x: jax.nn.logsumexp(potential.terms(x, t)))
         return jnp.mean(jax.lax.map(value, x, batch_size=4096))
 
@@ -84,6 +85,7 @@ def descend(
         # Rounding can make a line search fail: the best potential met is kept apart.
         best = choose(value < best_value, parameters_of(outer(params, anchors)), best)
         best_value = jnp.minimum(value, best_value)
+        # The line search looks at the objective itself, which is deterministic on all samples.
         updates, state = optimizer.update(gradient, state, params, value=value, grad=gradient, value_fn=loss)
         params = optax.apply_updates(params, updates)
 
@@ -91,6 +93,7 @@ def descend(
             now = settle(outer(params, anchors))
             again = find_anchors(now, points)
             params = inner(now, again)
+            # Curvature measured in other coordinates says nothing here: the memory starts anew.
             return params, again, optimizer.init(params)
 
         due = index % ANCHOR_PERIOD == ANCHOR_PERIOD - 1
@@ -102,6 +105,7 @@ def descend(
     infinity = jnp.asarray(jnp.inf, x0.dtype)
     init = _Descent(params, anchors, optimizer.init(params), parameters_of(potential), infinity)
     end, values = jax.lax.scan(step, init, jnp.arange(num_steps))
+    # The scan judges each state before its step: the last one is judged here.
     last = outer(end.params, end.anchors)
     best = choose(mean_gap(last, x0, x1) < end.best_value, parameters_of(last), end.best)
     return settle(eqx.combine(best, potential)), values + light_constant(potential, x0, x1)

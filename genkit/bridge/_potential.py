@@ -6,10 +6,11 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import numpyro.distributions as dist
-from jaxtyping import Array, ArrayLike, Float, Int, Key, Real
+from jaxtyping import Array, ArrayLike, Float, Int, Key, Real, Shaped
 
-from genkit._core._checks import check_interval, check_shape
+from genkit._core._checks import check_finite, check_interval, check_shape
 from genkit._core._fields import FROZEN, as_number
+from genkit.bridge._inputs import as_floats
 from genkit.bridge._scales import AbstractScale, Time, take
 
 
@@ -45,11 +46,11 @@ class MixturePotential(eqx.Module):
     without 1/(1-t), is derived from them.
     """
 
-    log_weights: Float[Array, " k"] = eqx.field(converter=jnp.asarray)
-    shifts: Float[Array, " k d"] = eqx.field(converter=jnp.asarray)
+    log_weights: Float[Array, " k"] = eqx.field(converter=as_number)
+    shifts: Float[Array, " k d"] = eqx.field(converter=as_number)
     scale: AbstractScale
     epsilon: Float[Array, ""] = eqx.field(metadata=FROZEN, converter=as_number)
-    center: Float[Array, " d"] = eqx.field(metadata=FROZEN, converter=jnp.asarray)
+    center: Float[Array, " d"] = eqx.field(metadata=FROZEN, converter=as_number)
 
     def __check_init__(self):
         # Transformations of JAX rebuild modules with other things than arrays in place of their leaves.
@@ -80,7 +81,7 @@ class MixturePotential(eqx.Module):
         quadratic = self.scale.exponent(t, x - self.center, self.shifts)
         return self.log_weights + 0.5 * logdet + quadratic / (2.0 * self.epsilon)
 
-    def log_value(self, x: Float[ArrayLike, " *batch d"], t: Real[ArrayLike, " ..."]) -> Float[Array, " ..."]:
+    def log_value(self, x: Shaped[ArrayLike, " *batch d"], t: Real[ArrayLike, " ..."]) -> Float[Array, " ..."]:
         """Log phi(x, t).
 
         Args:
@@ -90,13 +91,13 @@ class MixturePotential(eqx.Module):
         Returns:
             Shape (...).
         """
-        self._check(x, t)
+        x = self._checked(x, t)
         return jnp.vectorize(self._log_value, signature="(d),()->()")(x, t)
 
     def _log_value(self, x: Float[Array, " d"], t: Time) -> Float[Array, ""]:
         return jax.nn.logsumexp(self.terms(x, t))
 
-    def weights(self, x: Float[ArrayLike, " *batch d"], t: Real[ArrayLike, " ..."]) -> Float[Array, " ..."]:
+    def weights(self, x: Shaped[ArrayLike, " *batch d"], t: Real[ArrayLike, " ..."]) -> Float[Array, " ..."]:
         """The posterior weights of the components given the path is at `x` at time `t`.
 
         Args:
@@ -106,13 +107,13 @@ class MixturePotential(eqx.Module):
         Returns:
             Shape (..., K), summing to one.
         """
-        self._check(x, t)
+        x = self._checked(x, t)
         return jnp.vectorize(self._weights, signature="(d),()->(k)")(x, t)
 
     def _weights(self, x: Float[Array, " d"], t: Time) -> Float[Array, " k"]:
         return jax.nn.softmax(self.terms(x, t))
 
-    def drift(self, x: Float[ArrayLike, " *batch d"], t: Real[ArrayLike, " ..."]) -> Float[Array, " ..."]:
+    def drift(self, x: Shaped[ArrayLike, " *batch d"], t: Real[ArrayLike, " ..."]) -> Float[Array, " ..."]:
         """Epsilon grad log phi(x, t) = sum_k w_k(x, t) P_k(t) [r_k + (S_k - I) x].
 
         Args:
@@ -122,12 +123,15 @@ class MixturePotential(eqx.Module):
         Returns:
             Shape (..., d).
         """
-        self._check(x, t)
+        x = self._checked(x, t)
         return jnp.vectorize(self._drift, signature="(d),()->(d)")(x, t)
 
-    def _check(self, x: Float[ArrayLike, " *batch d"], t: Real[ArrayLike, " ..."]) -> None:
+    def _checked(self, x: Shaped[ArrayLike, " *batch d"], t: Real[ArrayLike, " ..."]) -> Float[Array, " *batch d"]:
+        """The points as floats; refuse those of another space, and known times outside [0, 1]."""
         check_shape("x", x, (*[None] * (jnp.ndim(x) - 1), self.dim), "The last axis is the space of the bridge.")
         check_interval("t", t, 0.0, 1.0)
+        check_finite("x", x)
+        return as_floats(x)[0]
 
     def _drift(self, x: Float[Array, " d"], t: Time) -> Float[Array, " d"]:
         return self._weights(x, t) @ self.scale.pull(t, x - self.center, self.shifts)
@@ -187,7 +191,7 @@ class MixturePotential(eqx.Module):
         out, _ = jax.lax.scan(keep, jnp.zeros_like(x), jnp.arange(self.num_components))
         return out + self.center
 
-    def log_c(self, x: Float[ArrayLike, " *batch d"]) -> Float[Array, " *batch"]:
+    def log_c(self, x: Shaped[ArrayLike, " *batch d"]) -> Float[Array, " *batch"]:
         """Log c(x), the normalizer of the plan: log int exp(<x, y> / epsilon) v(y) dy.
 
         Args:
@@ -196,10 +200,10 @@ class MixturePotential(eqx.Module):
         Returns:
             Shape (...).
         """
-        x = jnp.asarray(x)
+        x = as_floats(x)[0]
         return self.log_value(x, 0.0) + self._tilt(x)
 
-    def log_v(self, y: Float[ArrayLike, " *batch d"]) -> Float[Array, " *batch"]:
+    def log_v(self, y: Shaped[ArrayLike, " *batch d"]) -> Float[Array, " *batch"]:
         """Log v(y), the adjusted potential of the plan pi(y | x) = v(y) exp(<x, y> / epsilon) / c(x).
 
         Args:
@@ -208,14 +212,14 @@ class MixturePotential(eqx.Module):
         Returns:
             Shape (...).
         """
-        y = jnp.asarray(y)
+        y = as_floats(y)[0]
         return self.log_value(y, 1.0) - self._tilt(y) - 0.5 * self.dim * jnp.log(2.0 * jnp.pi * self.epsilon)
 
     def _tilt(self, x: Float[Array, " *batch d"]) -> Float[Array, " *batch"]:
         """|x|^2 / 2 epsilon, the gap between the potential and the two factors of the plan."""
         return jnp.sum(x * x, -1) / (2.0 * self.epsilon)
 
-    def coupling(self, x0: Float[Array, " *batch d"]) -> dist.MixtureSameFamily:
+    def coupling(self, x0: Shaped[ArrayLike, " *batch d"]) -> dist.MixtureSameFamily:
         """The distribution of X1 given X0 = x0 as a numpyro mixture.
 
         Args:
@@ -224,7 +228,7 @@ class MixturePotential(eqx.Module):
         Returns:
             A mixture with batch shape (...) and event shape (d,).
         """
-        logits, means = jnp.vectorize(lambda x: self.endpoint(x, 0.0), signature="(d)->(k),(k,d)")(x0)
+        logits, means = jnp.vectorize(lambda x: self.endpoint(x, 0.0), signature="(d)->(k),(k,d)")(as_floats(x0)[0])
         components = self.scale.distribution(means, self.epsilon)
         return dist.MixtureSameFamily(dist.Categorical(logits=logits), components)
 

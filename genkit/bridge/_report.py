@@ -68,6 +68,7 @@ def summarize(
 ) -> tuple[Float[Array, " 2 k"], Float[Array, ""], Float[Array, ""]]:
     """Component masses, effective components, and the energy distance of the transported source to the target."""
     masses = component_masses(potential, x0, x1)
+    # The distance is a sum over pairs: a sample of the points says as much as the report shows.
     starts = x0[:_JUDGED]
     keys = jax.random.split(key, starts.shape[0])
     ends = jax.vmap(lambda x, key: potential.sample_endpoint(x, 0.0, key=key))(starts, keys)

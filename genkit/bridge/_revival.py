@@ -54,6 +54,7 @@ def revive(
     Returns:
         The potential, and whether a component was dead.
     """
+    # The smaller share counts: a component that carries nothing at one end has no gradient.
     masses = component_masses(potential, x0, x1).min(0)
     worst = jnp.argmin(masses)
     heaviest = jnp.argmax(masses)
@@ -63,6 +64,7 @@ def revive(
         return leaf.at[worst].set(jnp.where(dead, leaf[heaviest], leaf[worst]))
 
     params = jax.tree.map(copied, parameters_of(potential))
+    # The two halves together weigh what the heaviest did, so that the plan hardly changes.
     half = jnp.where(dead, -jnp.log(2.0), 0.0).astype(potential.log_weights.dtype)
     weights = params.log_weights.at[worst].add(half).at[heaviest].add(half)
     # Apart by a fraction of the component's own width, so that the halves can part.

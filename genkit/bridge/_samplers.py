@@ -12,13 +12,14 @@ from genkit._core._checks import check, check_count, fail
 from genkit.bridge._abstract import AbstractBridge
 from genkit.bridge._bridge import Bridge
 from genkit.bridge._euler import euler_maruyama
+from genkit.bridge._inputs import as_floats
 from genkit.sampling import AbstractSampler, Draws
 
 
 def _starts(bridge: AbstractBridge, keys: Key[Array, " n"], x_init: Array | None) -> Float[Array, " n d"]:
     """The states that paths start in: those given, or draws of the source the bridge carries."""
     if x_init is not None:
-        return x_init
+        return as_floats(x_init)[0]
     source = bridge.start_samples
     if source is None:
         hint = "Or give the bridge samples of its source: `bridge.with_source(x0)`."

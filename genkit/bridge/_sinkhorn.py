@@ -154,6 +154,8 @@ def _checked_weights(
     check_shape(name, weights, (size,), "One weight per point.")
     check_interval(name, weights, 0.0)
     check_finite(name, weights)
+    if is_concrete(weights):
+        check(np.any(np.asarray(weights) > 0), name, "weights of which one is positive", "zeros")
     if balanced and is_concrete(weights):
         # By NumPy: a sum by JAX would be a tracer inside a trace, known weights or not.
         total = float(np.sum(np.asarray(weights, np.float64)))
@@ -213,6 +215,7 @@ def sinkhorn(
     check_positive("tol", tol)
     if tau is not None:
         check_positive("tau", tau)
+        check_finite("tau", tau, "Leave `tau` out for exact marginals.")
     check_shape("x", x, (None, None), "One point per row.")
     check_shape("y", y, (None, np.shape(x)[1]), "Both ends live in one space.")
     sizes = (np.shape(x)[0], np.shape(y)[0])

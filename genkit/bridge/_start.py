@@ -30,6 +30,7 @@ def kmeans(
     The best of several restarts: two clusters that share a center stay so in any fit that starts from them.
     """
 
+    # By the expanded square, so that n x K x d differences are never stored.
     def squares(centers: Float[Array, " k d"]) -> Float[Array, " n k"]:
         return jnp.sum(x * x, -1)[:, None] - 2.0 * x @ centers.T + jnp.sum(centers * centers, -1)
 
@@ -53,6 +54,7 @@ def kmeans(
         centers = jax.lax.fori_loop(0, num_iterations, lloyd, centers)
         return jnp.sum(jnp.min(squares(centers), 1)), centers
 
+    # One after the other: all restarts at once would hold as many distance matrices.
     spread, centers = jax.lax.map(once, jr.split(key, num_restarts))
     return centers[jnp.argmin(spread)]
 
@@ -94,8 +96,10 @@ def balance(
         # The ones fix the gauge: a common shift leaves F as it is.
         hessian = jnp.diag(mean) - w.T @ w / n + jnp.ones((k, k), w.dtype) / k
         step = jnp.linalg.solve(hessian + state.damping * jnp.eye(k, dtype=w.dtype), masses - mean)
+        # The largest weight stays zero, so that logits never drift to where float32 is coarse.
         trial = state.log_weights + step - jnp.max(state.log_weights + step)
         new = value(trial)
+        # Levenberg: a step that makes it worse is not taken, and the next one is shorter.
         good = new <= state.value
         return _Newton(
             jnp.where(good, trial, state.log_weights),
@@ -111,6 +115,7 @@ def balance(
     damping = jnp.asarray(1e-2, terms.dtype)
     init = _Newton(start, value(start), damping, jnp.asarray(jnp.inf, terms.dtype), jnp.asarray(0))
 
+    # A damping this large means that rounding permits no step any more.
     def is_unsettled(state: _Newton) -> Array:
         return (state.error > tol) & (state.step < max_steps) & (state.damping < 1e8)
 
@@ -134,12 +139,14 @@ def shrunk_covariance(z: Float[Array, " n d"]) -> Float[Array, " d d"]:
     """
     n, d = z.shape
     variance = jnp.sum(z * z, 0) / (n - 1)
+    # Constant coordinates have no correlation; the floor keeps them from dividing by zero.
     floor = 1e-5 * jnp.mean(variance)
     std = jnp.sqrt(variance + floor)
     w = z / std
     mean = w.T @ w / n
     spread = jnp.maximum((w * w).T @ (w * w) / n - mean**2, 0.0) * n**2 / (n - 1.0) ** 3
     apart = 1.0 - jnp.eye(d, dtype=z.dtype)
+    # Uncorrelated samples have a zero below the fraction too.
     factor = jnp.sum(apart * spread) / jnp.maximum(jnp.sum(apart * mean**2), jnp.finfo(z.dtype).tiny)
     kept = 1.0 - jnp.clip(factor, 0.0, 1.0)
     correlation = jnp.where(apart > 0, kept * mean * n / (n - 1.0), 1.0)
@@ -154,12 +161,14 @@ def _clusters(
     nearest = jnp.argmin(jnp.sum(centers**2, -1) - 2.0 * x1 @ centers.T, 1)
     member = jax.nn.one_hot(nearest, k, dtype=x1.dtype)
     count = member.sum(0)
+    # From the centers, not the means of the clusters: the two agree where Lloyd has converged.
     residual = x1 - centers[nearest]
     scatter = jnp.einsum("nk,nd,ne->kde", member, residual, residual, optimize="optimal")
     # As many pseudo-observations of the pooled covariance as make a cluster of any size well conditioned.
     prior = d + 2.0
     floor = 1e-5 * jnp.trace(jnp.cov(x1.T).reshape(d, d)) / d * jnp.eye(d, dtype=x1.dtype)
     covs = (scatter + prior * shrunk_covariance(residual)) / (count + prior)[:, None, None] + floor
+    # Half a point for each: an empty cluster must not start with a weight of minus infinity.
     return (count + 0.5) / (count + 0.5).sum(), covs
 
 
@@ -172,9 +181,11 @@ def _family(kind: str, matrices: Float[Array, " k d d"], rank: int) -> AbstractS
         return Diag(jnp.log(diagonal))
     if kind == "full":
         return full_from_dense(matrices)
+    # The factors carry the largest eigenvalues, the diagonal part the mean of the rest.
     values, vectors = jnp.linalg.eigh(matrices)
     rank = min(rank, matrices.shape[-1] - 1)
     rest = values[:, : values.shape[1] - rank].mean(-1)
+    # A direction without excess keeps a hundredth of the rest, or its factor would have no gradient.
     top = jnp.sqrt(jnp.maximum(values[:, -rank:] - rest[:, None], 0.01 * rest[:, None]))
     return LowRank(jnp.broadcast_to(jnp.log(rest)[:, None], diagonal.shape), vectors[:, :, -rank:] * top[:, None, :])
 
@@ -204,6 +215,7 @@ def balanced_start(
     Returns:
         The potential, centered at the mean of the target.
     """
+    # Centered, because data far from the origin lose their digits in squares.
     center = x1.mean(0)
     z0 = (x0 - center)[:MAX_POINTS]
     z1 = (x1 - center)[:MAX_POINTS]
@@ -254,6 +266,7 @@ def published_start(
     key_shift, key_factor = jr.split(key)
     d = x1.shape[1]
     shifts = x1[jr.choice(key_shift, x1.shape[0], (num_components,), replace=False)]
+    # The published start knows one scale: every family begins at a multiple of the identity.
     eye = jnp.broadcast_to(start_scale * jnp.eye(d, dtype=x1.dtype), (num_components, d, d))
     scale = _family(kind, eye, rank)
     if isinstance(scale, LowRank):

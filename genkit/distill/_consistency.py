@@ -9,16 +9,17 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-from jaxtyping import Array, ArrayLike, Float, Inexact, Key, PyTree
+from jaxtyping import Array, ArrayLike, Float, Inexact, Key, PyTree, Shaped
 
 from genkit._core._checks import check, check_choice, check_count, check_interval, check_positive, fail
 from genkit._core._fields import FROZEN, as_number
+from genkit._core._known import float_dtype
 from genkit.distill._distill import Conditions, Distilled
-from genkit.distill._facts import Drawable, declared, under_guidance
 from genkit.distill._losses import frozen
 from genkit.distill._objectives import cosine_adam
 from genkit.distill._ratios import spread
-from genkit.sampling import Denoiser, Guidance
+from genkit.distill._teachers import Drawable, under_guidance
+from genkit.sampling import Denoiser, Guidance, as_denoiser
 from genkit.training import Objective, Phase, Recipe, fit, model_updates
 
 
@@ -55,22 +56,24 @@ class ConsistencyModel(Denoiser):
     @property
     def shape(self) -> tuple[int, ...] | None:
         """Shape of one example, where the network knows it."""
-        return declared(self.net, "shape", None)
+        # Networks say their shape and labels by the names that denoisers do.
+        return as_denoiser(self.net).shape
 
     @property
     def num_labels(self) -> int | None:
         """Number of classes, where the network is conditioned on labels."""
-        return declared(self.net, "num_labels", None)
+        return as_denoiser(self.net).num_labels
 
     def __call__(
-        self, x: Inexact[ArrayLike, " *shape"], sigma: Float[ArrayLike, ""], cond: PyTree = None
+        self, x: Shaped[ArrayLike, " *shape"], sigma: Float[ArrayLike, ""], cond: PyTree = None
     ) -> Inexact[Array, " *shape"]:
         """The start of the trajectory through `x` at noise level `sigma`."""
         x = as_number(x)
         spread_of_data = self.sigma_data.astype(x.dtype)
         least = self.sigma_min.astype(x.dtype)
         sigma = jnp.maximum(jnp.asarray(sigma, x.dtype), least)
-        level = jnp.where(sigma == 0, 1, sigma)  # the network counts for nothing there
+        # The network counts for nothing there.
+        level = jnp.where(sigma == 0, 1, sigma)
         scale = jax.lax.rsqrt(sigma**2 + spread_of_data**2)
         skip = spread_of_data**2 / ((sigma - least) ** 2 + spread_of_data**2)
         out = (sigma - least) * spread_of_data * scale
@@ -98,7 +101,7 @@ class Pair(eqx.Module):
     @property
     def shape(self) -> tuple[int, ...] | None:
         """Shape of one example, where the student knows it."""
-        return declared(self.student, "shape", None)
+        return as_denoiser(self.student).shape
 
     def __call__(self, x: Array, sigma: Float[ArrayLike, ""], cond: PyTree = None) -> Array:
         """The student."""
@@ -150,12 +153,15 @@ class ConsistencyObjective(Objective):
         x0, cond = _split(batch)
         grid = self.grid.astype(x0.dtype)
         size = x0.shape[0]
+        check(size > 0, "batch", "at least one example", x0, "An empty batch has no loss.")
         pairs = grid.shape[0] - 1
         key_shift, key_order = jr.split(key_level)
-        place = (jr.uniform(key_shift) + jnp.arange(size) / size) % 1  # even over the pairs
+        # Even over the pairs.
+        place = (jr.uniform(key_shift) + jnp.arange(size) / size) % 1
         index = jnp.minimum((jr.permutation(key_order, place) * pairs).astype(jnp.int32), pairs - 1)
         high = grid[index]
         low = grid[index + 1]
+        # Both neighbors share it: in consistency training this is what puts them on one trajectory.
         noise = jr.normal(key_noise, x0.shape, x0.dtype)
         x_high = x0 + spread(high, x0) * noise
         if model.teacher is None:
@@ -174,6 +180,7 @@ class ConsistencyObjective(Objective):
             # Smooth at zero, where the gradient of a norm is not defined.
             least = 0.00054 * np.sqrt(x0[0].size)
             distance = jnp.sqrt(squares + least**2) - least
+        # Per length of the step, so that refining the grid does not change the weight of a level.
         value = jnp.mean(distance / (high - low))
         aux: dict[str, Any] = {"residual": jnp.mean(squares)}
         if model.target is not None:
@@ -197,10 +204,12 @@ class ConsistencyObjective(Objective):
 
 
 def _split(batch: PyTree) -> tuple[Array, PyTree]:
-    """Examples and conditions of a batch."""
+    """Examples, as floats, and conditions of a batch."""
+    x = batch
+    cond = None
     if isinstance(batch, tuple):
-        return batch
-    return batch, None
+        x, cond = batch
+    return jnp.asarray(x, float_dtype(x)), cond
 
 
 def _on_batch(net: Callable[..., Array], x: Array, sigma: Array, cond: PyTree) -> Array:

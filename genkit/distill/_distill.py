@@ -44,6 +44,7 @@ class Conditions(eqx.Module):
         check_count("batch_size", batch_size)
         if cond is not None and not callable(cond):
             cond = jnp.asarray(cond)
+            check(cond.shape[:1] != (0,), "cond", "at least one condition", cond)
         self.cond = cond
         self.batch_size = batch_size
 
@@ -60,6 +61,7 @@ class Conditions(eqx.Module):
             return None
         if callable(self.cond):
             return jax.vmap(self.cond)(jr.split(key, self.batch_size))
+        # One value for all draws.
         if self.cond.ndim == 0:
             return jnp.broadcast_to(self.cond, (self.batch_size,))
         return self.cond[jr.randint(key, (self.batch_size,), 0, self.cond.shape[0])]
@@ -315,6 +317,7 @@ def warn_of_faults(history: dict[str, np.ndarray]) -> None:
             share = float(np.mean(_last_tenth(history[name])))
             if share > 0.5:
                 warnings.warn(words.format(100 * share), stacklevel=3)
+    # Early steps may be far off; the end is what the student is judged by.
     values = np.asarray(_last_tenth(history.get("divergence", np.zeros(1))), np.float64)
     mean = float(values.mean())
     error = float(values.std() / np.sqrt(len(values)))
@@ -341,6 +344,7 @@ def default_optimizer(student: PyTree, num_steps: int) -> optax.GradientTransfor
     Returns:
         The optimizer.
     """
+    # A handful of numbers tolerates, and needs, steps that would wreck a network.
     size = sum(leaf.size for leaf in jax.tree.leaves(student) if eqx.is_inexact_array(leaf))
     if size <= 64:
         return cosine_adam(2e-2, num_steps)

@@ -8,23 +8,25 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import numpyro.distributions as dist
 import optax
-from jaxtyping import Array, ArrayLike, Float, Int, Key, PyTree
+from jaxtyping import Array, ArrayLike, Float, Int, Key, PyTree, Shaped
 
-from genkit._core._checks import check, check_count, check_interval
+from genkit._core._checks import check, check_count, check_finite, check_interval
 from genkit._core._fields import FROZEN, as_number
+from genkit._core._known import float_dtype
 from genkit.distill._objectives import cosine_adam
 from genkit.divergence import FDivergence, diagnose
 from genkit.training import Objective, Phase, Recipe, model_updates
 
 
 def fdpg(
-    policy_log_prob: Float[Array, " n"],
-    target_log_prob: Float[ArrayLike, " n"],
+    policy_log_prob: Shaped[ArrayLike, " n"],
+    target_log_prob: Shaped[ArrayLike, " n"],
     *,
     divergence: FDivergence,
-    proposal_log_prob: Float[ArrayLike, " n"] | None = None,
+    proposal_log_prob: Shaped[ArrayLike, " n"] | None = None,
     log_z: Float[ArrayLike, ""] | float | None = None,
     baseline: Float[ArrayLike, ""] | float | None = None,
 ) -> Float[Array, ""]:
@@ -47,7 +49,8 @@ def fdpg(
         A scalar to minimize.
 
     Raises:
-        ValueError: for shapes that differ.
+        ValueError: for shapes that differ, no draws, or a target that is NaN.
+        NonFiniteError: for log-probabilities of draws that are not finite.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -62,16 +65,23 @@ def fdpg(
     Source: Go et al., "Aligning Language Models with Preferences through f-divergence Minimization", ICML 2023, theorem
     1.
     """
-    policy = jnp.asarray(policy_log_prob)
+    check_finite("policy_log_prob", policy_log_prob, "These are draws of the policy, or of a proposal within it.")
+    # A target of probability zero is a constraint; NaN is not.
+    check_interval("target_log_prob", target_log_prob, hi=np.inf, open_hi=True)
+    check(np.shape(policy_log_prob)[:1] != (0,), "policy_log_prob", "of at least one draw", policy_log_prob)
+    policy = jnp.asarray(policy_log_prob, float_dtype(policy_log_prob))
     target = jnp.asarray(target_log_prob, policy.dtype)
     seen = jax.lax.stop_gradient(policy)
     proposal = seen
     if proposal_log_prob is not None:
+        check_finite("proposal_log_prob", proposal_log_prob)
         proposal = jnp.asarray(proposal_log_prob, policy.dtype)
     for name, value in (("target_log_prob", target), ("proposal_log_prob", proposal)):
         fits = value.shape == policy.shape
         check(fits, name, lambda: f"of shape {policy.shape}, as `policy_log_prob`", value)
-    if log_z is None:
+    if log_z is not None:
+        check_finite("log_z", log_z)
+    else:
         log_z = log_mean_exp(target - proposal)
     u = jax.lax.stop_gradient(target - jnp.asarray(log_z, policy.dtype) - seen)
     if baseline is None:
@@ -80,6 +90,8 @@ def fdpg(
     weight = jnp.exp(seen - jax.lax.stop_gradient(proposal))
     surrogate = -jnp.mean(weight * (divergence.reward(u) - jnp.asarray(baseline, u.dtype)) * policy)
     value = jnp.mean(weight * divergence.phi(u))
+    # Beside an infinite surrogate the value would be NaN.
+    check_finite("divergence(u)", value, "The target gives a draw no probability: take ForwardKL() or JensenShannon().")
     return value + surrogate - jax.lax.stop_gradient(surrogate)
 
 
@@ -169,7 +181,8 @@ class AutoregressivePolicy(AbstractPolicy):
         key_cell, key_head = jr.split(key)
         self.cell = eqx.nn.GRUCell(num_tokens + 1, width, key=key_cell)
         head = eqx.nn.Linear(width, num_tokens, key=key_head)
-        zeros = jnp.zeros_like(head.weight), jnp.zeros(num_tokens)  # uniform at first
+        # Uniform at first.
+        zeros = jnp.zeros_like(head.weight), jnp.zeros(num_tokens)
         self.head = eqx.tree_at(lambda layer: (layer.weight, layer.bias), head, zeros)
         self.num_tokens = num_tokens
         self.length = length
@@ -281,7 +294,8 @@ class FDPG(Objective):
             model.count + 1,
         )
         updates = model_updates(model, lambda m: (m.log_z, m.baseline, m.count), fresh)
-        weights = jnp.exp(jnp.minimum(u, 80.0))  # float32 ends at e^88
+        # Float32 ends at e^88.
+        weights = jnp.exp(jnp.minimum(u, 80.0))
         aux = {"divergence": jax.lax.stop_gradient(value), "log_z": log_z, "ess": diagnose(u, weights)["ess"]}
         return value, aux | {"updates": updates}
 

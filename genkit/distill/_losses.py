@@ -105,6 +105,7 @@ class SumLoss(AbstractLoss):
         for i, part in enumerate(self.parts):
             value, aux = part(model, batch, key=jax.random.fold_in(key, i))
             total = total + self.factors[i].astype(value.dtype) * value
+            # The first part names its by-products; later ones add what is new.
             found = aux | found
         return total, found
 
@@ -154,7 +155,8 @@ class FDistill(AbstractLoss):
         check_choice("scaling", self.scaling, ("none", "dmd"))
         if self.num_bins is not None:
             check_count("num_bins", self.num_bins, 0)
-        weights = self.divergence.weight(jnp.array([-1.0, 0.0, 1.0]))  # raises where f has a kink
+        # Raises where f has a kink.
+        weights = self.divergence.weight(jnp.array([-1.0, 0.0, 1.0]))
         if not is_concrete(weights):
             return
         weights = np.asarray(weights)
@@ -162,6 +164,7 @@ class FDistill(AbstractLoss):
             hint = "Its gradient vanishes, or is not defined, where student and teacher agree."
             fail("divergence", "of positive weight at ratio 1", f"weight {weights[1]:g}", hint)
         is_constant = bool(np.ptp(weights) < 1e-6 * weights[1])
+        # Without a ratio the weight would be that of ratio 1 everywhere: right for constant weights only.
         if isinstance(self.ratio, NoRatio) and not is_constant:
             hint = (
                 "The weight depends on the ratio: pass ExactRatio(), EmpiricalRatio(), ScoreRatio(...) or "
@@ -185,6 +188,7 @@ class FDistill(AbstractLoss):
         found = self.ratio(known, seen, key=key)
         has_ratio = not isinstance(self.ratio, NoRatio)
         num_bins = self._bins(model, found.u.shape[0])
+        # A normalizer that depends on the noise level alone is taken out bin by bin of the level.
         u = found.u
         if num_bins > 0 and has_ratio:
             u = self_normalize(u, rank_bins(batch.sigma, num_bins), num_bins)
@@ -198,12 +202,14 @@ class FDistill(AbstractLoss):
             direction = direction * self._dmd_scale(known, seen)
         squares = jnp.sum(found.gap.reshape(found.gap.shape[0], -1) ** 2, axis=1)
         aux = diagnose(u, h, limit)
+        # Before normalization: its distance from 1 is the error of the ratio.
         aux["mean_ratio"] = jnp.mean(jnp.exp(jnp.clip(found.u, -limit, limit)))
         aux["gap"] = jnp.mean(batch.sigma**2 * squares)
         if batch.density is not None:
             aux["de_bruijn"] = jnp.mean(batch.sigma * h * squares / batch.density)
         if found.own is not None:
             aux["lag"] = _lag(found.own, found.gap, seen)
+        # Scores alone tell the divergence by de Bruijn's identity, where the density of the levels is known.
         if has_ratio:
             value = jnp.mean(batch.weight * scale * self.divergence.phi(clipped))
         else:
@@ -217,6 +223,7 @@ class FDistill(AbstractLoss):
             return self.num_bins
         if self.ratio.exact and model.guidance is None:
             return 0
+        # At least eight draws to a bin, or the mean ratio of a bin would be noise.
         return min(10, batch_size // 8)
 
     def _dmd_scale(self, known: Distillation, seen: NoisyBatch) -> Array:
@@ -283,6 +290,7 @@ class SDS(AbstractLoss):
         seen = batch._replace(x_t=jax.lax.stop_gradient(batch.x_t))
         # A point mass at the clean draw stands for the student: its denoised example is the draw itself.
         away = denoised(frozen(model).target, seen) - jax.lax.stop_gradient(batch.x)
+        # The score of a point mass is (draw - x_t) / sigma^2, and x_t drops out of the difference.
         gap = away / spread(batch.sigma, batch.x) ** 2
         value = jnp.mean(spread(batch.sigma, gap) ** 2 * gap**2)
         return pushed(-spread(batch.weight, gap) * gap, batch.x, value), {"gap": value}
@@ -352,6 +360,7 @@ class SiD(AbstractLoss):
         known = frozen(model)
         p = denoised(known.target, batch)
         q = denoised(known.own, batch)
+        # Nothing is stopped here: the identity needs the gradients through both denoisers.
         product = (p - q) * ((p - batch.x) - self.alpha * (p - q))
         value = jnp.mean(batch.weight * jnp.sum(product.reshape(product.shape[0], -1), axis=1))
         return value, {"gap": jnp.mean(jnp.sum(((p - q) / spread(batch.sigma, p)) ** 2)) / p.shape[0]}
@@ -372,6 +381,7 @@ class Adversarial(AbstractLoss):
     """
 
     def __call__(self, model: Distillation, batch: NoisyBatch, *, key: Key[Array, ""]) -> tuple[Array, dict[str, Any]]:
+        # The critic has its own phase; here it only judges.
         net = frozen(model.discriminator)
         u = jax.vmap(lambda x, s, c: net(x, s, c))(batch.x_t, batch.sigma, batch.cond)
         value = jnp.mean(jax.nn.softplus(-u))

@@ -10,11 +10,12 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
-from genkit._core._checks import check, fail
+from genkit._core._checks import check, check_finite, fail
 from genkit._core._fields import FROZEN, maybe_number
-from genkit.distill._facts import Analytic, Drawable, KnowsItself, declared, own_denoiser, under_guidance
+from genkit.distill._students import KnowsItself, own_denoiser, student_fact
+from genkit.distill._teachers import Analytic, Drawable, under_guidance
 from genkit.guidance import Guided, Linear
-from genkit.sampling import AbstractSampler, Context, Guidance, Slot, Table, sample
+from genkit.sampling import AbstractSampler, Context, Guidance, Slot, Table, as_denoiser, sample
 
 
 def has_density(guidance: PyTree) -> TypeGuard[Linear]:
@@ -53,6 +54,7 @@ def log_density(
     ctx = Context.alone(x, sigma, cond=cond, key=key)
     # Weights in the dtype of the example: a float64 scale must not widen the whole evaluation.
     weights = [weight(ctx).astype(x.dtype) for weight in guidance.weights]
+    # The first prediction has what the weights of the others leave: guidances are affine combinations.
     shares = [1 - sum(weights, jnp.zeros((), x.dtype)), *weights]
     total = jnp.zeros((), x.dtype)
     for slot, share in zip(guidance.predictions, shares, strict=True):
@@ -98,25 +100,25 @@ class Distillation(eqx.Module):
     @property
     def shape(self) -> tuple[int, ...] | None:
         """Shape of one example, where the teacher or the student knows it."""
-        own = declared(self.teacher, "shape", None)
+        own = as_denoiser(self.teacher).shape
         if own is None:
-            own = declared(self.student, "shape", None)
+            own = student_fact(self.student, "shape", None)
         return own
 
     @property
     def num_labels(self) -> int | None:
         """Number of classes, where the teacher knows it."""
-        return declared(self.teacher, "num_labels", None)
+        return as_denoiser(self.teacher).num_labels
 
     @property
     def latent_shape(self) -> tuple[int, ...] | None:
         """Shape of the latent of the student, where it differs from the example's."""
-        return declared(self.student, "latent_shape", None)
+        return student_fact(self.student, "latent_shape", None)
 
     @property
     def num_evaluations(self) -> int:
         """Network evaluations of one draw of the student."""
-        return declared(self.student, "num_evaluations", 1)
+        return student_fact(self.student, "num_evaluations", 1)
 
     def __call__(self, z: Float[Array, "..."], cond: PyTree = None) -> Float[Array, "..."]:
         """One draw of the student from its latent."""
@@ -177,6 +179,10 @@ class TeacherSamples(eqx.Module):
     latents: Float[Array, " m *shape"] | None = eqx.field(converter=maybe_number, default=None)
 
     def __check_init__(self):
+        # Transformations of JAX rebuild modules with other things than arrays in place of their leaves.
+        if isinstance(self.x, (jax.Array, np.ndarray)):
+            check(self.x.shape[:1] != (0,), "x", "draws (m, *shape), m at least 1", self.x)
+            check_finite("x", self.x)
         if self.latents is not None:
             fits = self.latents.shape == self.x.shape
             check(fits, "latents", lambda: f"of the shape {self.x.shape} of the draws", self.latents)
@@ -209,6 +215,7 @@ class TeacherSamples(eqx.Module):
         Returns:
             Latents, draws and conditions, each `(n, ...)` or `None`.
         """
+        # One index for all three, so that latents stay with their draws.
         index = jr.randint(key, (n,), 0, self.x.shape[0])
         return jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], (self.latents, self.x, self.cond))
 
@@ -258,11 +265,12 @@ def teacher_pool(
     is_deterministic = not (np.any(np.asarray(sampler.c)) or np.any(np.asarray(sampler.c_stage)))
     check(is_deterministic, "sampler", "deterministic, so that the noise determines the draw", "one that adds noise")
     if shape is None:
-        shape = declared(teacher, "shape", None)
+        shape = as_denoiser(teacher).shape
     if shape is None:
         fail("shape", "given", "None", "The teacher does not know its shape.")
     key_latent, key_draw = jr.split(key)
     latents = jr.normal(key_latent, (num_samples, *shape))
+    # The pool keeps standard normals: the student scales them as it likes.
     start = jnp.asarray(sampler.sigma)[0].astype(latents.dtype) * latents
     drawn = sample(
         sampler, teacher, num_samples, cond=cond, guidance=guidance, x_init=start, key=key_draw, batch_size=batch_size

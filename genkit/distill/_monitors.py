@@ -6,16 +6,32 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Key, PyTree
+from jaxtyping import Array, ArrayLike, Float, Key, PyTree, Shaped
 
-from genkit._core._checks import check, check_count, check_positive, check_shape, fail
+from genkit._core._checks import (
+    check,
+    check_count,
+    check_finite,
+    check_interval,
+    check_positive,
+    check_shape,
+    fail,
+)
+from genkit._core._known import float_dtype
 from genkit.divergence import FDivergence, ReverseKL
+
+
+def _checked_samples(samples: Shaped[ArrayLike, " n *shape"]) -> Float[Array, " n *shape"]:
+    """Samples as floats; refuse none at all, and known ones that are not finite."""
+    check(jnp.ndim(samples) > 0 and jnp.shape(samples)[0] > 0, "samples", "of shape (n, ...), n at least 1", samples)
+    check_finite("samples", samples)
+    return jnp.asarray(samples, float_dtype(samples))
 
 
 def divergence_from_scores(
     p: Callable[..., Array],
     q: Callable[..., Array],
-    samples: Float[ArrayLike, " n *shape"],
+    samples: Shaped[ArrayLike, " n *shape"],
     *,
     sigma_min: float,
     sigma_max: float,
@@ -59,7 +75,7 @@ def divergence_from_scores(
 
     Source: Barron, "Entropy and the Central Limit Theorem", 1986 (for the relative entropy).
     """
-    samples = jnp.asarray(samples)
+    samples = _checked_samples(samples)
     check_positive("sigma_min", sigma_min)
     check(sigma_max > sigma_min, "sigma_max", f"above `sigma_min` = {sigma_min:g}", sigma_max)
     check_count("num_nodes", num_nodes, 2)
@@ -94,11 +110,11 @@ def divergence_from_scores(
 
 
 def mode_coverage(
-    samples: Float[ArrayLike, " n d"],
-    centers: Float[ArrayLike, " k d"],
+    samples: Shaped[ArrayLike, " n d"],
+    centers: Shaped[ArrayLike, " k d"],
     *,
     radius: float,
-    weights: Float[ArrayLike, " k"] | None = None,
+    weights: Shaped[ArrayLike, " k"] | None = None,
 ) -> dict[str, Array]:
     """Which modes of a known mixture samples cover.
 
@@ -120,14 +136,16 @@ def mode_coverage(
         >>> float(found["tv"]), int(found["covered"]), float(found["precision"])
         (0.5, 1, 1.0)
     """
-    samples = jnp.asarray(samples)
-    centers = jnp.asarray(centers)
+    samples = _checked_samples(samples)
+    check_finite("centers", centers)
+    centers = jnp.asarray(centers, float_dtype(centers))
     check_positive("radius", radius)
     fits = samples.shape[1:] == centers.shape[1:]
     check(fits, "centers", lambda: f"points of shape {samples.shape[1:]}", centers)
-    share = jnp.full(centers.shape[0], 1 / centers.shape[0])
+    share = jnp.full(centers.shape[0], 1 / centers.shape[0], centers.dtype)
     if weights is not None:
-        share = jnp.asarray(weights)
+        check_interval("weights", weights, 0.0)
+        share = jnp.asarray(weights, float_dtype(weights))
         check_shape("weights", share, centers.shape[:1])
     distance = jnp.sqrt(jnp.sum((samples[:, None] - centers[None]) ** 2, -1))
     mass = jnp.mean(jax.nn.one_hot(jnp.argmin(distance, 1), centers.shape[0]), axis=0)

@@ -10,17 +10,18 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpyro.distributions as dist
 import optax
-from jaxtyping import Array, ArrayLike, Float, Key, PyTree
+from jaxtyping import Array, ArrayLike, Float, Key, PyTree, Shaped
 
 from genkit._core._checks import check, check_count
 from genkit._core._fields import FROZEN, as_number, maybe_number
 from genkit._core._stratified import draw_evenly
 from genkit.diffusion import EDMWeight
-from genkit.distill._facts import TakesSteps, declared
 from genkit.distill._losses import AbstractLoss, density_of, frozen
 from genkit.distill._model import Distillation
 from genkit.distill._ratios import DiscriminatorRatio, NoisyBatch, spread
+from genkit.distill._students import TakesSteps
 from genkit.nn import MLP
+from genkit.sampling import as_denoiser
 from genkit.training import Objective, Phase
 
 
@@ -36,7 +37,8 @@ def critic_adam() -> optax.GradientTransformation:
     return optax.adam(2e-3)
 
 
-SATURATED = 10.0  # a logit beyond this carries no ratio any more
+# A logit beyond this carries no ratio any more.
+SATURATED = 10.0
 
 
 def with_arrays(distribution: dist.Distribution) -> dist.Distribution:
@@ -66,6 +68,13 @@ def generate(student: Callable[..., Array], z: Array, cond: PyTree, *, key: Key[
         return jax.vmap(lambda one, c: student(one, c))(z, cond)
     steps = jr.randint(key, (z.shape[0],), 0, student.num_evaluations)
     return jax.vmap(student.rollout)(z, cond, steps)
+
+
+def _check_conditions(cond: PyTree, batch_size: int) -> None:
+    """Refuse conditions that are not one for each draw."""
+    for leaf in jax.tree.leaves(cond):
+        size = jnp.shape(leaf)[:1]
+        check(size == (batch_size,), "batch", lambda: f"`batch_size` = {batch_size} conditions", str(size))
 
 
 class StudentObjective(Objective):
@@ -102,9 +111,11 @@ class StudentObjective(Objective):
         self, model: Distillation, batch: PyTree, *, key: Key[Array, ""]
     ) -> tuple[Float[Array, ""], dict[str, Any]]:
         """Estimate the loss; see `gk.Objective`."""
+        _check_conditions(batch, self.batch_size)
         key_z, key_step, key_level, key_noise, key_loss = jr.split(key, 5)
         z = jr.normal(key_z, (self.batch_size, *self.latent_shape))
         x = generate(model.student, z, batch, key=key_step)
+        # Levels in the dtype of the student: float64 levels would widen every evaluation.
         sigma = draw_levels(self.noise_distribution, self.batch_size, key=key_level).astype(x.dtype)
         noise = jr.normal(key_noise, x.shape, x.dtype)
         weight = jnp.ones_like(sigma)
@@ -147,6 +158,7 @@ class CriticObjective(Objective):
         self, model: Distillation, batch: PyTree, *, key: Key[Array, ""]
     ) -> tuple[Float[Array, ""], dict[str, Any]]:
         """Estimate the critics' loss; see `gk.Objective`."""
+        _check_conditions(batch, self.batch_size)
         key_z, key_step, key_level, key_noise, key_game = jr.split(key, 5)
         z = jr.normal(key_z, (self.batch_size, *self.latent_shape))
         # Critics follow the student; they never move it.
@@ -157,7 +169,8 @@ class CriticObjective(Objective):
         aux = {}
         fake = model.fake
         if fake is not None:
-            weight = EDMWeight(frozen(declared(fake, "sigma_data", 1.0)))
+            # The weight of the teacher's own training, so that all levels count alike.
+            weight = EDMWeight(frozen(as_denoiser(fake).sigma_data))
             residual = jax.vmap(lambda y, s, c: fake(y, s, c))(x_t, sigma, batch) - x
             squares = jnp.sum(residual.reshape(residual.shape[0], -1) ** 2, axis=1)
             total = jnp.mean(jax.vmap(weight)(sigma) * squares)
@@ -177,12 +190,14 @@ class CriticObjective(Objective):
         real, real_cond = model.draw_positives(cond, self.batch_size, key=key_positive)
         check(real.shape == x_t.shape, "positives", f"of shape {x_t.shape}", f"shape {real.shape}")
         real = real.astype(x_t.dtype)
+        # The levels of the negatives serve the positives too: both are judged at the same ones.
         real = real + spread(sigma, real) * jr.normal(key_noise, real.shape, real.dtype)
         logit = jax.vmap(lambda y, s, c: net(y, s, c))
         on_real = logit(real, sigma, real_cond)
         on_fake = logit(x_t, sigma, cond)
         value = jnp.mean(jax.nn.softplus(-on_real)) + jnp.mean(jax.nn.softplus(on_fake))
         both = jnp.concatenate([on_real, on_fake])
+        # Watched, because a saturated discriminator trains on happily while its ratios mean nothing.
         saturation = jnp.mean((jnp.abs(both) > SATURATED).astype(both.dtype))
         aux = {"discriminator_loss": value, "saturation": saturation}
         if self.smoothness is not None:
@@ -238,9 +253,10 @@ class Discriminator(eqx.Module):
         self.features = features
 
     def __call__(
-        self, x: Float[Array, " *shape"], sigma: Float[ArrayLike, ""], cond: PyTree = None
+        self, x: Shaped[ArrayLike, " *shape"], sigma: Float[ArrayLike, ""], cond: PyTree = None
     ) -> Float[Array, ""]:
         """The logit of one example."""
+        x = as_number(x)
         sigma = jnp.asarray(sigma, x.dtype)
         seen = x * jax.lax.rsqrt(sigma**2 + self.sigma_data.astype(x.dtype) ** 2)
         if self.features is not None:

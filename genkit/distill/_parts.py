@@ -10,19 +10,11 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from genkit._core._checks import check, describe, fail
-from genkit.distill._facts import (
-    Analytic,
-    Drawable,
-    KnowsItself,
-    declared,
-    ignores_condition,
-    is_network,
-    own_denoiser,
-    under_guidance,
-)
 from genkit.distill._losses import AbstractLoss, PairRegression
 from genkit.distill._model import Distillation, TeacherSamples, has_density
 from genkit.distill._ratios import DiscriminatorRatio, EmpiricalRatio, ExactRatio
+from genkit.distill._students import KnowsItself, ignores_condition, own_denoiser
+from genkit.distill._teachers import Drawable, has_log_density, is_network, under_guidance
 from genkit.sampling import Guidance
 
 
@@ -55,7 +47,8 @@ def start(
     """
     check(callable(teacher), "teacher", "a denoiser (x, sigma, cond=None) -> x0", teacher)
     check(callable(student), "student", "a generator (z, cond=None) -> x", student)
-    under_guidance(teacher, guidance)  # refuses what changes no single prediction
+    # Refuses what changes no single prediction.
+    under_guidance(teacher, guidance)
     needs_own, needs_critic = loss.needs()
     net = None
     for ratio in loss.ratios():
@@ -64,6 +57,7 @@ def start(
     if needs_critic:
         hint = "Add `FDistill(..., DiscriminatorRatio(net))`, which trains one."
         check(net is not None, "loss", "with a DiscriminatorRatio where a discriminator is needed", "none", hint)
+    # A network teacher is the best start there is for the student's denoiser; an analytic one cannot learn.
     if needs_own and fake is None and not isinstance(student, KnowsItself):
         hint = "Pass `fake=`, say `gk.diffusion.Preconditioned(gk.nn.MLP(shape, key=key))`."
         what = "given, because an analytic teacher cannot learn the distribution of the student"
@@ -91,6 +85,7 @@ def _different(cond: PyTree) -> Array | None:
     """The different entries of an array of conditions; None where they are drawn, or too many to draw for each."""
     if cond is None or callable(cond):
         return None
+    # On the host, once: the number of different conditions is a shape.
     entries = np.unique(np.atleast_1d(np.asarray(cond)), axis=0)
     if len(entries) > _MOST_CONDITIONS:
         return None
@@ -111,6 +106,7 @@ def check_shapes(
         The shape of the latent.
     """
     cond = jax.eval_shape(lambda: jax.tree.map(lambda leaf: leaf[0], data(jr.key(0))))
+    # The student's own latent comes first: that of several steps has an axis for them.
     latent = latent_shape
     if latent is None:
         latent = model.latent_shape or model.shape
@@ -166,13 +162,13 @@ def _check_pairs(positives: PyTree) -> None:
     hint = "Make it with gk.distill.teacher_pool(teacher, gk.diffusion.heun(grid), num, key=key)."
     has_latents = isinstance(positives, TeacherSamples) and positives.latents is not None
     # A pool of the user's own may serve as well.
-    has_latents = has_latents or declared(positives, "latents", None) is not None
+    has_latents = has_latents or getattr(positives, "latents", None) is not None
     check(has_latents, "positives", "a pool with latents for PairRegression", positives, hint)
 
 
 def _check_analytic(model: Distillation, name: str) -> None:
     hint = "Use DiscriminatorRatio(net) or ScoreRatio(sigma_max)."
-    is_analytic = isinstance(model.teacher, Analytic)
+    is_analytic = has_log_density(model.teacher)
     check(is_analytic, "teacher", lambda: f"analytic for {name}", "one without log_density", hint)
     if model.guidance is not None and not has_density(model.guidance):
         what = f"None or a weighted sum of predictions, such as `gk.guidance.cfg(scale)`, for {name}"

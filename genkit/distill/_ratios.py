@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Key, PyTree
+from jaxtyping import Array, ArrayLike, Float, Key, PyTree, Shaped
 
 from genkit._core._checks import check, check_count, check_interval, check_positive, fail
 from genkit._core._fields import as_number, maybe_number
-from genkit.distill._facts import Analytic, KnowsItself, own_denoiser
 from genkit.distill._model import Distillation, log_density
+from genkit.distill._students import KnowsItself, own_denoiser
+from genkit.distill._teachers import Analytic
 
 
 class NoisyBatch(NamedTuple):
@@ -97,7 +98,8 @@ class ExactRatio(AbstractRatio):
     """
 
     exact: ClassVar[bool] = True
-    needs_own: ClassVar[bool] = False  # densities are enough
+    # Densities are enough.
+    needs_own: ClassVar[bool] = False
 
     def __call__(self, model: Distillation, batch: NoisyBatch, *, key: Key[Array, ""]) -> ScoreDifference:
         """See `AbstractRatio`; the score difference is the gradient of the ratio."""
@@ -134,8 +136,10 @@ class EmpiricalRatio(AbstractRatio):
     def __check_init__(self):
         check_count("num_samples", self.num_samples, 2)
 
-    exact: ClassVar[bool] = True  # only sampling noise remains
-    needs_own: ClassVar[bool] = False  # draws are enough
+    # Only sampling noise remains.
+    exact: ClassVar[bool] = True
+    # Draws are enough.
+    needs_own: ClassVar[bool] = False
 
     def __call__(self, model: Distillation, batch: NoisyBatch, *, key: Key[Array, ""]) -> ScoreDifference:
         """See `AbstractRatio`."""
@@ -166,6 +170,7 @@ class EmpiricalRatio(AbstractRatio):
 
 def _smoothed(x: Array, sigma: Array, draws: Array) -> tuple[Array, Array]:
     """Log-density and posterior mean of draws `(n, d)` under noise, at a point `(d,)`."""
+    # The log-density through logarithms: far draws underflow together, and logsumexp keeps the nearest.
     squares = jnp.sum((x - draws) ** 2, -1) / sigma**2
     log_kernel = -0.5 * squares - x.shape[0] * (jnp.log(sigma) + 0.5 * np.log(2 * np.pi))
     return jax.nn.logsumexp(log_kernel) - np.log(draws.shape[0]), jax.nn.softmax(log_kernel) @ draws
@@ -177,6 +182,7 @@ def _positions(cond: PyTree, conditions: PyTree) -> Array:
     for mine, every in zip(jax.tree.leaves(cond), jax.tree.leaves(conditions), strict=True):
         equal = mine[:, None] == every[None]
         matches.append(jnp.all(equal.reshape(*equal.shape[:2], -1), axis=-1))
+    # The conditions there are were taken from the same array, so that one of them always matches.
     return jnp.argmax(functools.reduce(jnp.logical_and, matches), axis=1)
 
 
@@ -209,7 +215,8 @@ class DiscriminatorRatio(AbstractRatio):
             check_interval("smoothness", self.smoothness, 0)
         check(self.net is None or callable(self.net), "net", "a network (x, sigma, cond) -> log p/q", self.net)
 
-    exact: ClassVar[bool] = False  # ratios are normalized
+    # Ratios are normalized.
+    exact: ClassVar[bool] = False
     needs_own: ClassVar[bool] = True
     needs_discriminator: ClassVar[bool] = True
 
@@ -250,14 +257,15 @@ class ScoreRatio(AbstractRatio):
         check_positive("sigma_max", self.sigma_max)
         check_count("num_nodes", self.num_nodes, 2)
 
-    exact: ClassVar[bool] = False  # ratios are normalized
+    # Ratios are normalized.
+    exact: ClassVar[bool] = False
     needs_own: ClassVar[bool] = True
 
     def log_ratio(
         self,
         p: Callable[..., Array],
         q: Callable[..., Array],
-        x: Array,
+        x: Shaped[ArrayLike, " *shape"],
         sigma: Float[ArrayLike, ""],
         cond: PyTree = None,
         *,
@@ -276,10 +284,12 @@ class ScoreRatio(AbstractRatio):
         Returns:
             The log-ratio, a scalar.
         """
+        x = as_number(x)
         sigma = jnp.asarray(sigma, x.dtype)
         nodes, weights = np.polynomial.legendre.leggauss(self.num_nodes)
         # Beyond `sigma_max` the tail alone is left.
         span = jnp.maximum(jnp.log(self.sigma_max.astype(x.dtype) / sigma), 0)
+        # Where the level is beyond `sigma_max` already, the span is zero and the tail begins at the level.
         top = sigma * jnp.exp(span)
         levels = sigma * jnp.exp(span * jnp.asarray((nodes + 1) / 2, x.dtype))
         if self.num_probes is None:
@@ -322,7 +332,8 @@ class NoRatio(AbstractRatio):
         True
     """
 
-    exact: ClassVar[bool] = True  # there is nothing to normalize
+    # There is nothing to normalize.
+    exact: ClassVar[bool] = True
     needs_own: ClassVar[bool] = True
 
     def __call__(self, model: Distillation, batch: NoisyBatch, *, key: Key[Array, ""]) -> ScoreDifference:

@@ -10,9 +10,8 @@ from jaxtyping import Array, Float, Inexact, Key, PyTree
 
 from genkit._core._checks import check, check_positive
 from genkit._core._fields import as_number
-from genkit.distill._facts import declared
 from genkit.distill._model import Distillation
-from genkit.distill._students import FewStep, OneStep
+from genkit.distill._students import FewStep, OneStep, student_fact
 from genkit.sampling import AbstractSampler, Draws
 
 
@@ -50,10 +49,10 @@ class StudentSampler(AbstractSampler):
             The draws.
         """
         check(x_init is None, "x_init", "None: a student starts from its own latent", x_init)
-        latent = declared(model, "latent_shape", None) or shape
+        latent = student_fact(model, "latent_shape", None) or shape
         z = jax.vmap(lambda key: jr.normal(key, latent))(keys)
         value = jax.vmap(lambda one, c: model(one, c))(z, cond)
-        count = jnp.full(keys.shape[0], declared(model, "num_evaluations", 1), jnp.int32)
+        count = jnp.full(keys.shape[0], student_fact(model, "num_evaluations", 1), jnp.int32)
         return Draws(value, count, count)
 
 
@@ -104,6 +103,7 @@ class Renoise(AbstractSampler):
         net = model
         if isinstance(net, Distillation):
             net = net.student
+        # A student renoises by the denoiser inside it, which takes any level.
         if isinstance(net, (OneStep, FewStep)):
             net = net.net
 

@@ -1,16 +1,87 @@
-"""Students: a denoiser run once, or a few times with fresh noise between."""
+"""Students: a denoiser run once, or a few times with fresh noise between, and facts that any generator may declare."""
 
 from collections.abc import Callable
+from typing import Protocol, TypeVar, cast, runtime_checkable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Shaped
 
 from genkit._core._checks import check, check_positive, is_concrete
 from genkit._core._fields import FROZEN, as_number
-from genkit.distill._facts import declared
+from genkit.diffusion import EmpiricalDenoiser, GaussianDenoiser, MixtureDenoiser
+from genkit.distill._teachers import Analytic
+from genkit.sampling import as_denoiser
+
+
+_Value = TypeVar("_Value")
+
+
+@runtime_checkable
+class KnowsItself(Protocol):
+    """A student whose distribution is known in closed form."""
+
+    def __call__(self, z: Array, cond: PyTree = None) -> Array:
+        """One draw from its latent."""
+        ...
+
+    def denoiser(self) -> Callable[..., Array]:
+        """The denoiser of the student's distribution."""
+        ...
+
+
+@runtime_checkable
+class TakesSteps(Protocol):
+    """A student of several steps, each of which can be trained alone."""
+
+    num_evaluations: int
+
+    def rollout(self, z: Array, cond: PyTree, step: Array) -> Array:
+        """The prediction of one step."""
+        ...
+
+
+def student_fact(student: Callable[..., Array], name: str, default: _Value) -> _Value:
+    """A fact that a student declares (`shape`, `latent_shape`, `num_evaluations`), or the default."""
+    # Students are the users' own generators, plain callables among them, without a base class that could declare a
+    # default: this is the one place that asks them.
+    return getattr(student, name, default)
+
+
+def own_denoiser(student: KnowsItself) -> Callable[..., Array]:
+    """The denoiser of the student's distribution, to be called with the condition of each draw."""
+    denoiser = student.denoiser()
+    if ignores_condition(denoiser):
+        # It would refuse the condition, which its student does not look at.
+        return Unconditional(cast("Analytic", denoiser))
+    return denoiser
+
+
+def ignores_condition(denoiser: Callable[..., Array]) -> bool:
+    """Return True for analytic denoisers without labels, which refuse a condition."""
+    if isinstance(denoiser, (MixtureDenoiser, EmpiricalDenoiser)):
+        return denoiser.num_labels is None
+    return isinstance(denoiser, GaussianDenoiser)
+
+
+class Unconditional(eqx.Module):
+    """The denoiser of a student that draws the same whatever the condition.
+
+    Args:
+        denoiser: an analytic denoiser without labels.
+    """
+
+    denoiser: Analytic
+
+    def __call__(self, x: Array, sigma: Array, cond: PyTree = None) -> Array:
+        """The posterior mean."""
+        return self.denoiser(x, sigma)
+
+    def log_density(self, x: Array, sigma: Array, cond: PyTree = None) -> Array:
+        """The log-density of a noisy example."""
+        return self.denoiser.log_density(x, sigma)
 
 
 class OneStep(eqx.Module):
@@ -37,9 +108,9 @@ class OneStep(eqx.Module):
     @property
     def shape(self) -> tuple[int, ...] | None:
         """Shape of one example, where the denoiser knows it."""
-        return declared(self.net, "shape", None)
+        return as_denoiser(self.net).shape
 
-    def __call__(self, z: Float[Array, " *shape"], cond: PyTree = None) -> Float[Array, " *shape"]:
+    def __call__(self, z: Shaped[ArrayLike, " *shape"], cond: PyTree = None) -> Float[Array, " *shape"]:
         """One draw from its latent.
 
         Args:
@@ -49,6 +120,7 @@ class OneStep(eqx.Module):
         Returns:
             The draw.
         """
+        z = as_number(z)
         sigma = self.sigma.astype(z.dtype)
         return self.net(sigma * z, sigma, cond)
 
@@ -88,7 +160,7 @@ class FewStep(eqx.Module):
     @property
     def shape(self) -> tuple[int, ...] | None:
         """Shape of one example, where the denoiser knows it."""
-        return declared(self.net, "shape", None)
+        return as_denoiser(self.net).shape
 
     @property
     def num_evaluations(self) -> int:
@@ -110,7 +182,7 @@ class FewStep(eqx.Module):
             states.append(self.net(states[-1], sigmas[i - 1], cond) + sigmas[i] * z[i])
         return jnp.stack(states)
 
-    def rollout(self, z: Float[Array, " k *shape"], cond: PyTree, step: Int[Array, ""]) -> Float[Array, " *shape"]:
+    def rollout(self, z: Shaped[ArrayLike, " k *shape"], cond: PyTree, step: Int[Array, ""]) -> Float[Array, " *shape"]:
         """The prediction of one step at the state that the steps before it reach; only that step has a gradient.
 
         Args:
@@ -121,11 +193,12 @@ class FewStep(eqx.Module):
         Returns:
             The prediction.
         """
+        z = as_number(z)
         # Gradients through the steps before would train each of them for all that follow.
         inputs = jax.lax.stop_gradient(self._inputs(z, cond))
         return self.net(inputs[step], self.sigmas.astype(z.dtype)[step], cond)
 
-    def __call__(self, z: Float[Array, " k *shape"], cond: PyTree = None) -> Float[Array, " *shape"]:
+    def __call__(self, z: Shaped[ArrayLike, " k *shape"], cond: PyTree = None) -> Float[Array, " *shape"]:
         """One draw from its latent.
 
         Args:
@@ -135,4 +208,5 @@ class FewStep(eqx.Module):
         Returns:
             The draw.
         """
+        z = as_number(z)
         return self.net(self._inputs(z, cond)[-1], self.sigmas.astype(z.dtype)[-1], cond)

@@ -6,11 +6,16 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from genkit._core._checks import check, check_finite
-from genkit._core._fields import as_number
+from genkit._core._known import float_dtype
 from genkit.divergence._pairs import map_squares
+
+
+def _at_least_single(value: ArrayLike) -> Array:
+    """Numbers as floats, float32 at least: unsigned integers wrap in differences, half precision ends at 65,504."""
+    return jnp.asarray(value, float_dtype(value))
 
 
 class AbstractCost(eqx.Module):
@@ -49,7 +54,7 @@ class MatrixCost(AbstractCost):
         (2, 3)
     """
 
-    matrix: Float[Array, " n m"] = eqx.field(converter=as_number)
+    matrix: Float[Array, " n m"] = eqx.field(converter=_at_least_single)
 
     def __check_init__(self):
         check(self.matrix.ndim == 2 and self.matrix.size > 0, "cost", "a matrix (n, m)", self.matrix)
@@ -82,8 +87,12 @@ class PointCost(AbstractCost):
         (2, 4)
     """
 
-    x: Float[Array, " n d"]
-    y: Float[Array, " m d"]
+    x: Float[Array, " n d"] = eqx.field(converter=_at_least_single)
+    y: Float[Array, " m d"] = eqx.field(converter=_at_least_single)
+
+    def __check_init__(self):
+        check_finite("x", self.x)
+        check_finite("y", self.y)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Real
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Real, Shaped
 
-from genkit._core._checks import check_count, check_positive, fail
+from genkit._core._checks import check_count, check_interval, check_positive, fail
+from genkit._core._known import float_dtype
 from genkit.divergence._costs import AbstractCost
 
 
@@ -106,8 +107,8 @@ class _Carry(NamedTuple):
 
 def sinkhorn_potentials(
     cost: AbstractCost,
-    log_a: Float[Array, " n"],
-    log_b: Float[Array, " m"],
+    log_a: Shaped[ArrayLike, " n"],
+    log_b: Shaped[ArrayLike, " m"],
     epsilon: Real[ArrayLike, ""],
     *,
     tau: Real[ArrayLike, ""] | None = None,
@@ -159,14 +160,19 @@ def sinkhorn_potentials(
     check_positive("epsilon", epsilon)
     check_positive("tolerance", tolerance)
     check_count("max_iterations", max_iterations)
+    dtype = float_dtype(log_a, log_b)
+    log_a = jnp.asarray(log_a, dtype)
+    log_b = jnp.asarray(log_b, dtype)
     if tau is not None:
         check_positive("tau", tau)
-        tau = jnp.asarray(tau, log_a.dtype)
+        tau = jnp.asarray(tau, dtype)
     for name, weights, size in (("a", log_a, cost.shape[0]), ("b", log_b, cost.shape[1])):
         if weights.shape != (size,):
             fail(name, f"of shape ({size},)", f"shape {weights.shape}")
-    epsilon = jnp.asarray(epsilon, log_a.dtype)
-    tolerance = jnp.asarray(tolerance, log_a.dtype)
+        # A logarithm of minus infinity is a point without weight.
+        check_interval(f"log_{name}", weights)
+    epsilon = jnp.asarray(epsilon, dtype)
+    tolerance = jnp.asarray(tolerance, dtype)
     fixed = jax.lax.stop_gradient((cost, log_a, log_b, epsilon, tau, tolerance))
     return _iterate(*fixed, max_iterations=max_iterations, symmetric=symmetric)
 

@@ -2,14 +2,14 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int, Shaped
 
-from genkit._core._checks import check_count, fail
-from genkit._core._fields import as_number
+from genkit._core._checks import check, check_count, check_finite, check_interval, check_shape, fail
+from genkit._core._known import float_dtype
 
 
 def self_normalize(
-    u: Float[ArrayLike, " n"], bins: Int[ArrayLike, " n"] | None = None, num_bins: int = 1
+    u: Shaped[ArrayLike, " n"], bins: Int[ArrayLike, " n"] | None = None, num_bins: int = 1
 ) -> Float[Array, " n"]:
     r"""Log-ratios shifted so that the mean ratio of every bin is 1.
 
@@ -33,7 +33,8 @@ def self_normalize(
         >>> divergence.self_normalize(jnp.array([1.0, 1.0])).tolist()
         [0.0, 0.0]
     """
-    u = as_number(u)
+    check_interval("u", u)
+    u = jnp.asarray(u, float_dtype(u))
     check_count("num_bins", num_bins)
     if bins is None:
         return u - jax.nn.logsumexp(u) + jnp.log(u.size)
@@ -62,13 +63,14 @@ def rank_bins(sigma: Float[ArrayLike, " n"], num_bins: int) -> Int[Array, " n"]:
         >>> divergence.rank_bins(jnp.array([0.1, 5.0, 0.3, 2.0]), 2).tolist()
         [0, 1, 0, 1]
     """
+    check_interval("sigma", sigma)
     sigma = jnp.asarray(sigma)
     check_count("num_bins", num_bins)
     return jnp.argsort(jnp.argsort(sigma)) * num_bins // sigma.shape[0]
 
 
 def diagnose(
-    u: Float[ArrayLike, " n"], weights: Float[ArrayLike, " n"], clip: Float[ArrayLike, ""] | float = 10.0
+    u: Shaped[ArrayLike, " n"], weights: Shaped[ArrayLike, " n"], clip: Float[ArrayLike, ""] | float = 10.0
 ) -> dict[str, Float[Array, ""]]:
     r"""Diagnostics of log-ratios at draws of q, and of the weights made of them.
 
@@ -87,8 +89,12 @@ def diagnose(
         >>> {k: float(v) for k, v in divergence.diagnose(jnp.zeros(4), jnp.ones(4)).items()}
         {'ess': 1.0, 'clipped': 0.0, 'mean_ratio': 1.0}
     """
-    u = as_number(u)
-    weights = as_number(weights)
+    check_interval("u", u)
+    check_finite("weights", weights)
+    check_shape("weights", weights, jnp.shape(u), "One weight for each log-ratio.")
+    check(jnp.size(u) > 0, "u", "log-ratios of at least one draw", u)
+    u = jnp.asarray(u, float_dtype(u))
+    weights = jnp.asarray(weights, float_dtype(weights))
     tiny = jnp.finfo(weights.dtype).tiny
     # Squares of large weights would overflow: they are counted in units of the largest.
     top = jnp.maximum(jnp.max(weights), tiny)

@@ -52,13 +52,15 @@ def as_path(
         >>> path.evaluate(0.0, 0.5).shape
         ()
     """
-    import diffrax  # slow to import
+    # Slow to import.
+    import diffrax
 
     size = math.prod(shape)
     paths = jax.vmap(lambda k: fbm(hurst, ts, kind=kind, method=method, key=k))(jr.split(key, size))
     times = jnp.asarray(ts, paths.dtype)
     values = paths.T.reshape(times.shape[0], *shape)
-    start = jnp.where(times[0] > 0, 0.0, times[0] - 1.0)  # an extra node in front is harmless when ts starts at 0
+    # An extra node in front is harmless when ts starts at 0.
+    start = jnp.where(times[0] > 0, 0.0, times[0] - 1.0)
     times = jnp.concatenate([start[None], times])
     values = jnp.concatenate([jnp.zeros((1, *shape), paths.dtype), values])
     return diffrax.LinearInterpolation(times, values)

@@ -9,16 +9,21 @@ from jax.scipy.special import gammaln
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from genkit._core._checks import check_interval, check_positive
+from genkit._core._checks import check_finite, check_interval, check_positive
 from genkit.noise._covariance import as_floats, check_pair, valid_index
 from genkit.noise._quadrature import tanh_sinh
 
 
-_CUT = 40.0  # exp(-40) is below rounding in float64: integrals against exp(-theta w) stop at theta w = 40
-_WIDE = (151, 6.8)  # nodes and span of integrands as singular as w ** (2 H - 1): the ends reach exp(-1400)
-_NARROW = (61, 4.0)  # of the inner integrals, whose singularities are milder than w ** (-1/2)
-_FAR_NODES = 48  # Gauss-Legendre in log w beyond the cut
-_BLOCK = 4096  # entries of a matrix computed at a time: a few dozen arrays of this many by 151 nodes are alive at once
+# exp(-40) is below rounding in float64: integrals against exp(-theta w) stop at theta w = 40.
+_CUT = 40.0
+# Nodes and span of integrands as singular as w ** (2 H - 1): the ends reach exp(-1400).
+_WIDE = (151, 6.8)
+# Of the inner integrals, whose singularities are milder than w ** (-1/2).
+_NARROW = (61, 4.0)
+# Gauss-Legendre in log w beyond the cut.
+_FAR_NODES = 48
+# Entries of a matrix computed at a time: a few dozen arrays of this many by 151 nodes are alive at once.
+_BLOCK = 4096
 
 
 def _safe_log(x: Array) -> Array:
@@ -114,6 +119,7 @@ def fou_covariance(
     2003, for a start at 0 (the reduction to single integrals was derived for this library).
     """
     check_pair(hurst, s, t, kind)
+    check_finite("theta", theta)
     h, s, t, theta, sigma = as_floats(hurst, s, t, theta, sigma)
     h = valid_index(h)
     lo = jnp.minimum(s, t)

@@ -20,14 +20,19 @@ from genkit.noise._tables import HURST_RANGE, NUM_COEFFICIENTS, chebyshev_tables
 
 
 KINDS = ("I", "II", "I-published")
-_ROUNDING = 1e-7  # how far float32 may put an index beyond the end of the range
+# How far float32 may put an index beyond the end of the range.
+_ROUNDING = 1e-7
 _DEFAULT_TERMS = 8
 _DEFAULT_LO = 0.05
 _DEFAULT_HI = 1e4
-_RATIO = 6.0  # between neighboring speeds, with which the default settings are as accurate as they say
-_SPEED_PER_POINT = 100.0  # largest speed, for each point: an index fitted to 10,000 is then right to a quarter error
-_STRETCH = 128  # increments whose joint covariance is compared
-_TYPICAL = (0.2, 0.3, 0.7, 0.8)  # indices looked at where the index itself is traced
+# Between neighboring speeds, with which the default settings are as accurate as they say.
+_RATIO = 6.0
+# Largest speed, for each point: an index fitted to 10,000 is then right to a quarter error.
+_SPEED_PER_POINT = 100.0
+# Increments whose joint covariance is compared.
+_STRETCH = 128
+# Indices looked at where the index itself is traced.
+_TYPICAL = (0.2, 0.3, 0.7, 0.8)
 
 
 class Lift(eqx.Module):

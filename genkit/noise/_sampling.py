@@ -20,7 +20,8 @@ from genkit.noise._likelihood import levinson_start, levinson_step, levinson_upd
 
 METHODS = ("davies_harte", "hosking", "cholesky")
 _DEFAULT_METHOD = {"I": "davies_harte", "II": "cholesky"}
-_MATRICES = 6  # of n by n in float64 that are alive at once while a covariance is made and factorized
+# Of n by n in float64 that are alive at once while a covariance is made and factorized.
+_MATRICES = 6
 
 
 def fbm(
@@ -109,7 +110,8 @@ def _cholesky(hurst: ArrayLike, given: ArrayLike, kind: str, key: Array) -> Arra
     """With index and times known the factor comes from float64: float32 cannot tell late times apart."""
     _check_memory(jnp.size(given), kind)
     dtype = float_dtype(given)
-    index = on_host(hurst)  # before conversion, which a program may stage
+    # Before conversion, which a program may stage.
+    index = on_host(hurst)
     times = on_host(given)
     ts = jnp.asarray(given, dtype)
     noise = jr.normal(key, ts.shape, dtype)
@@ -145,7 +147,8 @@ def _host_factor(hurst: np.ndarray, ts: np.ndarray, kind: str) -> np.ndarray:
 def _factor(cov: Numbers, xp: ModuleType) -> Numbers:
     """Cholesky factor, scaled to correlations; the jitter is at the level of rounding."""
     variance = xp.diagonal(cov)
-    still = variance == 0  # B(0) = 0 has no variance: give it a unit one, the caller zeroes it afterwards
+    # B(0) = 0 has no variance: give it a unit one, the caller zeroes it afterwards.
+    still = variance == 0
     scale = xp.sqrt(xp.where(still, 1.0, variance))
     jitter = xp.where(still, 1.0, 8 * float(xp.finfo(cov.dtype).eps)).astype(cov.dtype)
     corr = cov / (scale[:, None] * scale[None, :]) + xp.diag(jitter)
@@ -160,7 +163,8 @@ def increment_covariance(hurst: Numbers, ts: Numbers, xp: ModuleType) -> Numbers
     p = 2 * hurst
     ends = xp.concatenate([xp.zeros(1, ts.dtype), ts])
     width = xp.diff(ends)
-    gap = xp.maximum(ends[:-1, None] - ends[None, 1:], 0.0)  # from the end of the earlier to the later
+    # From the end of the earlier to the later.
+    gap = xp.maximum(ends[:-1, None] - ends[None, 1:], 0.0)
 
     def growth(x: Numbers) -> Numbers:
         """(x + width) ** p - x ** p."""

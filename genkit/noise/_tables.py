@@ -7,9 +7,12 @@ from scipy import special
 
 
 HURST_RANGE = (0.01, 0.99)
-NUM_COEFFICIENTS = 97  # Chebyshev in H; weights then good to 1e-8 of the largest, at the ends of the range too
-_HISTORY_RANK = 12  # truncation error of the covariance below 3e-6 relative for every H in the range
-_RIDGE = 1e-10  # relative to unit diagonal: bounds the weights, costs nothing visible in the error
+# Chebyshev in H; weights then good to 1e-8 of the largest, at the ends of the range too.
+NUM_COEFFICIENTS = 97
+# Truncation error of the covariance below 3e-6 relative for every H in the range.
+_HISTORY_RANK = 12
+# Relative to unit diagonal: bounds the weights, costs nothing visible in the error.
+_RIDGE = 1e-10
 
 
 def grid(num_terms: int, lo: float, hi: float) -> np.ndarray:
@@ -96,7 +99,8 @@ class _History:
 
     def __init__(self, gamma: np.ndarray):
         t, w = _quadrature()
-        self.fade = np.clip(0.0175 * np.log10(gamma[-1]), 0.02, 0.07)  # by measurement, for hi = 1e2, 1e3 and 1e4
+        # By measurement, for hi = 1e2, 1e3 and 1e4.
+        self.fade = np.clip(0.0175 * np.log10(gamma[-1]), 0.02, 0.07)
         self.x = np.arange(np.log(1e-150), np.log(1e18), 1.5)
         basis = -np.expm1(-np.outer(t, gamma)) * np.sqrt(w)[:, None]
         wanted = np.expm1(-np.outer(t, np.exp(self.x))) * np.sqrt(w)[:, None]
@@ -104,7 +108,8 @@ class _History:
         self.projection = np.linalg.lstsq(basis / scale, wanted, rcond=1e-10)[0] / scale[:, None]
         self.root = np.linalg.cholesky(0.5 / np.cosh((self.x[:, None] - self.x[None, :]) / 2))
         # One set of directions serves every H: the leading right singular vectors of the family of functions of t.
-        self.metric = np.linalg.qr(basis, mode="r")  # |metric c| is the norm of the function with coefficients c
+        # |metric c| is the norm of the function with coefficients c.
+        self.metric = np.linalg.qr(basis, mode="r")
         family = [self.metric @ self(h) for h in np.linspace(*HURST_RANGE, 60)]
         self.directions = np.linalg.svd(np.vstack(family), full_matrices=False)[2][:_HISTORY_RANK].T
 
@@ -122,14 +127,16 @@ class _History:
         factor = self(hurst) @ self.directions
         constant = self.projection[:, -1]
         functions = self.metric @ factor
-        system = functions @ functions.T + 1e-4 * np.eye(len(functions))  # bounds e where nothing is missing
+        # Bounds e where nothing is missing.
+        system = functions @ functions.T + 1e-4 * np.eye(len(functions))
         e = functions.T @ np.linalg.solve(system, self.metric @ constant)
         missing = self.missing(hurst) * np.exp(-((hurst / self.fade) ** 4))
         return factor + missing / (1 + np.sqrt(1 + e @ e * missing)) * np.outer(constant, e)
 
     def missing(self, hurst: float) -> float:
         """Variance of the constant function that the speeds beyond the grid add, their correlation with it included."""
-        near = 20  # speeds of the grid that are constant functions too; slower ones are uncorrelated with the rest
+        # Speeds of the grid that are constant functions too; slower ones are uncorrelated with the rest.
+        near = 20
         x = self.x[-near] + 1.5 * np.arange(440)
         root = _history_scale(hurst) * 1.5 * np.exp(-hurst * x)
         cov = np.outer(root, root) * 0.5 / np.cosh((x[:, None] - x[None, :]) / 2)

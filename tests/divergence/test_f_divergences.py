@@ -73,3 +73,15 @@ def test_total_variation_needs_smoothing_for_paths():
     smooth = gd.TotalVariation(0.3)
     slope = jax.vmap(jax.grad(smooth.reward))(U)
     np.testing.assert_allclose(slope, smooth.weight(U), rtol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float16])
+def test_log_ratios_of_any_dtype_are_floats(dtype):
+    """The exponential of 11.1 is beyond half precision, and minus an unsigned integer is not negative."""
+    u = np.array([0, 3, 12]).astype(dtype)
+    single = np.array(u, float)
+    for divergence in (gd.JensenShannon(), gd.ReverseKL().dual()):
+        for name in ("phi", "weight", "reward"):
+            got = getattr(divergence, name)(u)
+            np.testing.assert_allclose(got, getattr(divergence, name)(single), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(gd.self_normalize(u), gd.self_normalize(single), rtol=1e-5, atol=1e-6)

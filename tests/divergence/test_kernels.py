@@ -110,9 +110,17 @@ def test_memory_is_bounded():
     for program in (
         jax.jit(lambda x: v.energy_distance(x, x)),
         jax.jit(jax.grad(lambda x: v.mmd(x, 2 * x, bandwidth=1.0))),
+        jax.jit(lambda x: v.precision_recall(x, 2 * x)),
     ):
         memory = program.lower(x).compile().memory_analysis()
         assert memory.temp_size_in_bytes < 2**27
+
+
+def test_memory_of_sliced_wasserstein_does_not_grow_with_the_slices():
+    # 128 projections of two samples of a million would be a gigabyte, and their sorts several.
+    x = jnp.zeros((1_000_000, 2))
+    program = jax.jit(lambda x: v.sliced_wasserstein(x, 2 * x, key=jr.key(0), num_slices=128))
+    assert program.lower(x).compile().memory_analysis().temp_size_in_bytes < 2**28
 
 
 def test_calls_with_other_values_do_not_compile(compilations):

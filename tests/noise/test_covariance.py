@@ -94,6 +94,47 @@ def test_likelihood_is_the_multivariate_normal():
         np.testing.assert_allclose(gn.fgn_log_prob(x, 0.8, scale=0.7, mean=0.2), wanted, rtol=1e-11)
 
 
+def test_derivatives_of_the_likelihood_are_those_of_the_multivariate_normal():
+    with jax.enable_x64(True):
+        x = jax.random.normal(jax.random.key(0), (40,))
+        lags = np.abs(np.subtract.outer(np.arange(40), np.arange(40)))
+
+        def dense(x, hurst, scale, mean):
+            cov = gn.fgn_autocovariance(hurst, 40)[lags] * scale**2
+            return jax.scipy.stats.multivariate_normal.logpdf(x, mean * jnp.ones(40), cov)
+
+        def fast(x, hurst, scale, mean):
+            return gn.fgn_log_prob(x, hurst, scale=scale, mean=mean)
+
+        place = (x, 0.8, 0.7, 0.2)
+        everything = (0, 1, 2, 3)
+        wanted = jax.jit(jax.grad(dense, everything))(*place)
+        for slope, exact in zip(jax.jit(jax.grad(fast, everything))(*place), wanted, strict=True):
+            np.testing.assert_allclose(slope, exact, rtol=1e-9, atol=1e-10)
+        curvature = jax.jit(jax.hessian(dense, 1))(*place)
+        np.testing.assert_allclose(jax.jit(jax.hessian(fast, 1))(*place), curvature, rtol=1e-9)
+        np.testing.assert_allclose(jax.jit(jax.grad(jax.grad(fast, 1), 1))(*place), curvature, rtol=1e-9)
+
+
+def test_gradient_of_the_likelihood_of_a_long_series():
+    with jax.enable_x64(True):
+        x = jax.random.normal(jax.random.key(0), (600,))
+        value = jax.jit(gn.fgn_log_prob)
+        slopes = jax.jit(jax.grad(gn.fgn_log_prob, (0, 1)))(x, 0.8)
+        h = 1e-5
+        by_hurst = (value(x, 0.8 + h) - value(x, 0.8 - h)) / (2 * h)
+        np.testing.assert_allclose(slopes[1], by_hurst, rtol=1e-7)
+        by_value = (value(x.at[300].add(h), 0.8) - value(x.at[300].add(-h), 0.8)) / (2 * h)
+        np.testing.assert_allclose(slopes[0][300], by_value, rtol=1e-6)
+
+
+def test_memory_of_the_gradient_of_the_likelihood_is_that_of_a_few_series():
+    """Every state of the recursion for 20,000 values would be 10 GB."""
+    slope = jax.jit(jax.grad(gn.fgn_log_prob, (0, 1)))
+    memory = slope.lower(jnp.zeros(20_000), 0.7).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 50 * 20_000 * 4
+
+
 def test_hurst_index_of_the_nile():
     sm = pytest.importorskip("statsmodels.datasets")
     flow = np.asarray(sm.nile.load_pandas().data["volume"], float)
@@ -131,6 +172,20 @@ def test_refuses_negative_times_and_unknown_kinds():
         gn.fbm_covariance(0.5, -1.0, 1.0)
     with pytest.raises(ValueError, match="kind"):
         gn.fbm_covariance(0.5, 1.0, 1.0, kind="III")
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: gn.fgn_log_prob(np.array([0.0, np.nan]), 0.7), "`increments` must be finite"),
+        (lambda: gn.fgn_whiten(np.array([0.0, np.inf]), 0.7), "`increments` must be finite"),
+        (lambda: gn.fgn_log_prob(np.ones(3), 0.7, scale=0.0), "`scale` must be positive"),
+        (lambda: gn.fou_covariance(0.7, 1.0, 1.0, np.nan), "`theta` must be finite"),
+    ],
+)
+def test_refuses_what_is_not_finite(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
 
 
 def test_refuses_several_indices_for_one_series():

@@ -9,6 +9,7 @@ import pytest
 import stats
 
 import genkit.noise as gn
+from genkit._core import _memory
 
 
 TS = np.arange(1, 9) / 8
@@ -128,6 +129,16 @@ def test_refusals():
         gn.fbm(np.array([0.5, 0.6]), TS, key=key)
     with pytest.raises(TypeError, match="key"):
         gn.fbm(0.5, TS, key=jr.PRNGKey(0))
+
+
+def test_a_covariance_beyond_memory_is_refused_beforehand(monkeypatch):
+    monkeypatch.setattr(_memory, "_total_bytes", lambda: 64_000_000_000)
+    times = np.arange(1.0, 60_001.0)
+    with pytest.raises(ValueError, match="about 173 GB. Use the default method, 'davies_harte'"):
+        gn.fbm(0.7, times, method="cholesky", key=jr.key(0))
+    with pytest.raises(ValueError, match="genkit.sde.simulate"):
+        gn.fbm(0.7, times, kind="II", key=jr.key(0))
+    assert gn.fbm(0.7, times, key=jr.key(0)).shape == (60_000,)
 
 
 def test_as_path_drives_diffrax():

@@ -91,6 +91,7 @@ class AbstractLogScale(AbstractScale):
 
     def resolvent_values(self, t: Time) -> Float[Array, " k ..."]:
         """Eigenvalues of P_k(t)."""
+        # A float64 time must not widen the whole evaluation.
         t = jnp.asarray(t, self.log_values.dtype)
         return 1.0 / ((1.0 - t) + t * jnp.exp(self.log_values))
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jaxtyping import Array, Float
 
+from genkit._core._fields import as_number
 from genkit.bridge._scales._base import AbstractLogScale, Time
 
 
@@ -20,7 +21,7 @@ class Iso(AbstractLogScale):
         [[1. 1.]]
     """
 
-    log_values: Float[Array, " k"] = eqx.field(converter=jnp.asarray)
+    log_values: Float[Array, " k"] = eqx.field(converter=as_number)
 
     def apply(self, v: Float[Array, " k d"]) -> Float[Array, " k d"]:
         return jnp.exp(self.log_values)[:, None] * v
@@ -29,6 +30,7 @@ class Iso(AbstractLogScale):
         return self.resolvent_values(t)[:, None] * v
 
     def pull(self, t: Time, z: Float[Array, " d"], r: Float[Array, " k d"]) -> Float[Array, " k d"]:
+        # S - I by expm1, which keeps its digits where S is near the identity.
         return self.resolvent_values(t)[:, None] * (r + jnp.expm1(self.log_values)[:, None] * z)
 
     def logdet_resolvent(self, t: Time, dim: int) -> Float[Array, " k"]:
@@ -61,7 +63,7 @@ class Diag(AbstractLogScale):
         [[1. 2.]]
     """
 
-    log_values: Float[Array, " k d"] = eqx.field(converter=jnp.asarray)
+    log_values: Float[Array, " k d"] = eqx.field(converter=as_number)
 
     def apply(self, v: Float[Array, " k d"]) -> Float[Array, " k d"]:
         return jnp.exp(self.log_values) * v

@@ -10,6 +10,7 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Float
 
 from genkit._core._checks import fail, is_concrete
+from genkit._core._fields import as_number
 from genkit.bridge._scales._base import AbstractLogScale, Time
 
 
@@ -35,8 +36,8 @@ class Full(AbstractLogScale):
 
     matrices: ClassVar[bool] = True
 
-    log_values: Float[Array, " k d"] = eqx.field(converter=jnp.asarray)
-    reflectors: Float[Array, " k h d"] = eqx.field(converter=jnp.asarray)
+    log_values: Float[Array, " k d"] = eqx.field(converter=as_number)
+    reflectors: Float[Array, " k h d"] = eqx.field(converter=as_number)
 
     @property
     def basis(self) -> Float[Array, " k d d"]:
@@ -57,6 +58,7 @@ class Full(AbstractLogScale):
         return self._conjugate(self.resolvent_values(t), v)
 
     def pull(self, t: Time, z: Float[Array, " d"], r: Float[Array, " k d"]) -> Float[Array, " k d"]:
+        # In the eigenbasis everything is diagonal: two products with the basis, whatever the time.
         basis = self.basis
         zb = jnp.einsum("kde,d->ke", basis, z)
         rb = jnp.einsum("kde,kd->ke", basis, r)

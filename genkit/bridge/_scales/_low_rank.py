@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jaxtyping import Array, Float
 
+from genkit._core._fields import as_number
 from genkit.bridge._scales._base import AbstractLogScale, Time
 
 
@@ -27,8 +28,8 @@ class LowRank(AbstractLogScale):
 
     matrices: ClassVar[bool] = True
 
-    log_values: Float[Array, " k d"] = eqx.field(converter=jnp.asarray)
-    factors: Float[Array, " k d q"] = eqx.field(converter=jnp.asarray)
+    log_values: Float[Array, " k d"] = eqx.field(converter=as_number)
+    factors: Float[Array, " k d q"] = eqx.field(converter=as_number)
 
     def noise_size(self, dim: int) -> int:
         return dim + self.factors.shape[-1]

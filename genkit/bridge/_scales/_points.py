@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jaxtyping import Array, Float
 
-from genkit._core._fields import FROZEN
+from genkit._core._fields import FROZEN, as_number
 from genkit.bridge._scales._base import AbstractScale, Time
 
 
@@ -16,7 +16,7 @@ class Points(AbstractScale):
         count: an array of shape (K,) whose values are not read; it carries K through `take` and `vmap`.
     """
 
-    count: Float[Array, " k"] = eqx.field(metadata=FROZEN, converter=jnp.asarray)
+    count: Float[Array, " k"] = eqx.field(metadata=FROZEN, converter=as_number)
 
     @property
     def num_components(self) -> int:

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Real, Shaped
 
-from genkit._core._checks import check_finite, check_interval, is_concrete
+from genkit._core._checks import check, check_finite, check_interval, is_concrete
 from genkit._core._fields import as_number
+from genkit._core._known import float_dtype
 from genkit.divergence._ratios import self_normalize
 
 
@@ -35,7 +36,7 @@ class FDivergence(eqx.Module):
     """
 
     @abc.abstractmethod
-    def phi(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def phi(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         r"""$f(e^u)$.
 
         Args:
@@ -50,7 +51,7 @@ class FDivergence(eqx.Module):
         """True if pathwise gradients exist: unless f has a kink."""
         return True
 
-    def weight(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def weight(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         r"""$h = r^2 f''(r)$, the weight of pathwise gradients.
 
         Args:
@@ -64,7 +65,7 @@ class FDivergence(eqx.Module):
         """
         return curvature(self.phi, u)
 
-    def reward(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def reward(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         r"""$R = r f'(r) - f(r)$, the reward of score-function gradients, $f^*(f'(r))$ of the dual bound.
 
         Args:
@@ -75,7 +76,7 @@ class FDivergence(eqx.Module):
         """
         return slope(self.phi, u) - self.phi(u)
 
-    def critic(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def critic(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         r"""$f'(r)$, the optimal critic of the dual bound.
 
         Args:
@@ -84,11 +85,11 @@ class FDivergence(eqx.Module):
         Returns:
             Critic values.
         """
-        u = jnp.asarray(u)
+        u = real(u)
         return jnp.exp(-u) * slope(self.phi, u)
 
     def value(
-        self, log_p: Float[ArrayLike, " n"], log_q: Float[ArrayLike, " n"], *, normalize: bool = False
+        self, log_p: Shaped[ArrayLike, " n"], log_q: Shaped[ArrayLike, " n"], *, normalize: bool = False
     ) -> Float[Array, ""]:
         r"""Monte-Carlo estimate $\frac1n \sum_i \phi(\log p(x_i) - \log q(x_i))$ of $D_f(p \| q)$.
 
@@ -105,6 +106,7 @@ class FDivergence(eqx.Module):
             NonFiniteError: if a ratio overflows, naming what to do.
         """
         u = real(log_p) - real(log_q)
+        check(u.size > 0, "log_p", "of at least one draw", u)
         if normalize:
             result = jnp.mean(self.phi(self_normalize(u)))
         else:
@@ -174,9 +176,14 @@ def _overflow_hint(u: Float[Array, " n"]) -> str:
 
 
 def real(u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
-    """A log-ratio as a floating array; integers become the default float."""
-    array = jnp.asarray(u)
-    return array.astype(jnp.result_type(float, array.dtype))
+    """A log-ratio as a floating array, float32 at least: exponentials of half precision end at 11."""
+    return jnp.asarray(u, float_dtype(u))
+
+
+def exp_times(u: Float[Array, " *s"], value: Float[Array, " *s"]) -> Float[Array, " *s"]:
+    """The ratio times a value; zero where the ratio is, although the value may be infinite there."""
+    is_zero = u == -jnp.inf
+    return jnp.exp(u) * jnp.where(is_zero, 0.0, value)
 
 
 def slope(phi: Callable[[Array], Array], u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
@@ -212,21 +219,21 @@ class Dual(FDivergence):
 
     base: FDivergence
 
-    def phi(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
-        u = jnp.asarray(u)
+    def phi(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+        u = real(u)
         return jnp.exp(u) * self.base.phi(-u)
 
     @property
     def pathwise(self) -> bool:
         return self.base.pathwise
 
-    def weight(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
-        u = jnp.asarray(u)
+    def weight(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+        u = real(u)
         return jnp.exp(u) * self.base.weight(-u)
 
-    def reward(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def reward(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         # phi' - phi of the dual is minus the slope f' of the base at the inverse ratio.
-        return -self.base.critic(-jnp.asarray(u))
+        return -self.base.critic(-real(u))
 
 
 class Skewed(FDivergence):
@@ -247,8 +254,8 @@ class Skewed(FDivergence):
         """Logarithm of the mixture over q."""
         return jnp.logaddexp(jnp.log(self.share) + u, jnp.log1p(-self.share))
 
-    def phi(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
-        u = jnp.asarray(u)
+    def phi(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+        u = real(u)
         log_m = self._log_mixture(u)
         return jnp.exp(log_m) * self.base.phi(u - log_m)
 
@@ -256,13 +263,13 @@ class Skewed(FDivergence):
     def pathwise(self) -> bool:
         return self.base.pathwise
 
-    def weight(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
-        u = jnp.asarray(u)
+    def weight(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+        u = real(u)
         log_m = self._log_mixture(u)
         return (1 - self.share) ** 2 * jnp.exp(-log_m) * self.base.weight(u - log_m)
 
-    def reward(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
-        u = jnp.asarray(u)
+    def reward(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+        u = real(u)
         # phi' - phi with phi = m phi_0(v): (1 - share) (phi_0' - phi_0), because dv/du = (1 - share) / m
         return (1 - self.share) * self.base.reward(u - self._log_mixture(u))
 
@@ -286,15 +293,15 @@ class Combination(FDivergence):
             total = total + term
         return total
 
-    def phi(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def phi(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         return self._sum([part.phi(u) for part in self.parts])
 
     @property
     def pathwise(self) -> bool:
         return all(part.pathwise for part in self.parts)
 
-    def weight(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def weight(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         return self._sum([part.weight(u) for part in self.parts])
 
-    def reward(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def reward(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         return self._sum([part.reward(u) for part in self.parts])

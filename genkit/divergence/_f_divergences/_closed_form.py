@@ -4,9 +4,9 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float, Shaped
 
-from genkit.divergence._f_divergences._base import FDivergence, real
+from genkit.divergence._f_divergences._base import FDivergence, exp_times, real
 
 
 LOG2 = math.log(2.0)
@@ -22,13 +22,13 @@ class ReverseKL(FDivergence):
         1.0
     """
 
-    def phi(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def phi(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         return -real(u)
 
-    def weight(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def weight(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         return jnp.ones_like(real(u))
 
-    def reward(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def reward(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         return real(u) - 1
 
 
@@ -42,14 +42,14 @@ class ForwardKL(FDivergence):
         3.0
     """
 
-    def phi(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def phi(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         u = real(u)
-        return u * jnp.exp(u)
+        return exp_times(u, u)
 
-    def weight(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def weight(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         return jnp.exp(real(u))
 
-    def reward(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def reward(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         return jnp.exp(real(u))
 
 
@@ -63,14 +63,15 @@ class JensenShannon(FDivergence):
         0.75
     """
 
-    def phi(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def phi(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         u = real(u)
-        return u * jnp.exp(u) - (jnp.exp(u) + 1) * (jax.nn.softplus(u) - LOG2)
+        # Sorted by the ratio: its logarithm would cancel against that of the mean where the ratio is large.
+        return exp_times(u, LOG2 - jax.nn.softplus(-u)) - (jax.nn.softplus(u) - LOG2)
 
-    def weight(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def weight(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         return jax.nn.sigmoid(real(u))
 
-    def reward(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def reward(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         return jax.nn.softplus(real(u)) - LOG2
 
 
@@ -84,14 +85,14 @@ class SoftenedReverseKL(FDivergence):
         0.25
     """
 
-    def phi(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def phi(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         u = real(u)
         return (jnp.exp(u) + 1) * (jax.nn.softplus(-u) - LOG2)
 
-    def weight(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def weight(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         return jax.nn.sigmoid(-real(u))
 
-    def reward(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def reward(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         return LOG2 - jax.nn.softplus(-real(u)) - 1
 
 
@@ -105,15 +106,15 @@ class SoftenedForwardKL(FDivergence):
         2.25
     """
 
-    def phi(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def phi(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         u = real(u)
         return (jnp.exp(u) + 1) * (jax.nn.softplus(u) - LOG2)
 
-    def weight(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def weight(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         u = real(u)
         return jnp.exp(u) * jax.nn.sigmoid(u)
 
-    def reward(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def reward(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         u = real(u)
         return jnp.exp(u) - jax.nn.softplus(u) + LOG2
 
@@ -128,13 +129,13 @@ class SquaredHellinger(FDivergence):
         0.866
     """
 
-    def phi(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def phi(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         return jnp.expm1(real(u) / 2) ** 2
 
-    def weight(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def weight(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         return jnp.exp(real(u) / 2) / 2
 
-    def reward(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def reward(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         return jnp.expm1(real(u) / 2)
 
 
@@ -148,13 +149,13 @@ class PearsonChi2(FDivergence):
         18.0
     """
 
-    def phi(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def phi(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         return jnp.expm1(real(u)) ** 2
 
-    def weight(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def weight(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         return 2 * jnp.exp(2 * real(u))
 
-    def reward(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def reward(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         return jnp.expm1(2 * real(u))
 
 
@@ -168,14 +169,14 @@ class NeymanChi2(FDivergence):
         0.6667
     """
 
-    def phi(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def phi(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         u = real(u)
         return jnp.exp(-u) * jnp.expm1(u) ** 2
 
-    def weight(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def weight(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         return 2 * jnp.exp(-real(u))
 
-    def reward(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def reward(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         return -2 * jnp.expm1(-real(u))
 
 
@@ -189,14 +190,14 @@ class Jeffreys(FDivergence):
         4.0
     """
 
-    def phi(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def phi(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         u = real(u)
         return u * jnp.expm1(u)
 
-    def weight(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def weight(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         return 1 + jnp.exp(real(u))
 
-    def reward(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def reward(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         u = real(u)
         return jnp.expm1(u) + u
 
@@ -211,14 +212,14 @@ class LeCam(FDivergence):
         1.125
     """
 
-    def phi(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def phi(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         u = real(u)
         return jnp.expm1(u) * jnp.tanh(u / 2)
 
-    def weight(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def weight(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         u = real(u)
         return 8 * jax.nn.sigmoid(u) ** 2 * jax.nn.sigmoid(-u)
 
-    def reward(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def reward(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         u = real(u)
         return 3 - 4 * jax.nn.sigmoid(-u) * (1 + jax.nn.sigmoid(u))

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from genkit._core._checks import check, check_count, fail, is_concrete
 from genkit.divergence._f_divergences._base import FDivergence, curvature, real, refuse_kink, slope
@@ -24,14 +24,14 @@ class _FromF(FDivergence):
     f: Callable[[Array], Array]
     smooth: bool = eqx.field(static=True)
 
-    def phi(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def phi(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         return self.f(jnp.exp(real(u)))
 
     @property
     def pathwise(self) -> bool:
         return self.smooth
 
-    def weight(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def weight(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         if not self.smooth:
             refuse_kink("f")
         return curvature(self.phi, u)
@@ -100,7 +100,7 @@ def _nodes(u: Float[Array, " *s"], num_nodes: int) -> tuple[Float[Array, " *s k"
     return u[..., None] * jnp.asarray((nodes + 1) / 2), u[..., None] * jnp.asarray(weights / 2)
 
 
-def integrate_weight(h: Callable[[Array], Array], u: Float[ArrayLike, " *s"], num_nodes: int) -> Float[Array, " *s"]:
+def integrate_weight(h: Callable[[Array], Array], u: Shaped[ArrayLike, " *s"], num_nodes: int) -> Float[Array, " *s"]:
     """F of the ratio from its weight: the integral of (e^(u-v) - 1) h(v) from 0 to u, with f(1) = f'(1) = 0."""
     u = real(u)
     v, weights = _nodes(u, num_nodes)
@@ -113,13 +113,13 @@ class _FromWeight(FDivergence):
     h: Callable[[Array], Array]
     num_nodes: int = eqx.field(static=True)
 
-    def phi(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def phi(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         return integrate_weight(self.h, u, self.num_nodes)
 
-    def weight(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def weight(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         return self.h(real(u))
 
-    def reward(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def reward(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         # R' = h in u, so R is its integral
         v, weights = _nodes(real(u), self.num_nodes)
         return jnp.sum(weights * self.h(v), -1)

@@ -2,11 +2,11 @@
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from genkit._core._checks import check_positive
 from genkit._core._fields import as_number, maybe_number
-from genkit.divergence._f_divergences._base import FDivergence, real, refuse_kink
+from genkit.divergence._f_divergences._base import FDivergence, exp_times, real, refuse_kink
 from genkit.divergence._f_divergences._from_functions import integrate_weight
 
 
@@ -27,7 +27,7 @@ class Alpha(FDivergence):
 
     a: Float[Array, ""] = eqx.field(converter=as_number)
 
-    def phi(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def phi(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         u = real(u)
         a = self.a
         # f = (g(a) - a g(1)) / (a (a - 1)) with g(a) = e^(au) - 1 is 0/0 at a = 0 and a = 1: series take over there,
@@ -37,13 +37,13 @@ class Alpha(FDivergence):
         safe = jnp.where(near0 | near1, 0.5, a)
         general = (jnp.expm1(safe * u) - safe * jnp.expm1(u)) / (safe * (safe - 1))
         at0 = jnp.expm1(u) - u + a * (jnp.expm1(u) - u - u**2 / 2)
-        at1 = u * jnp.exp(u) - jnp.expm1(u) + (a - 1) * (jnp.exp(u) * (u**2 / 2 - u) + jnp.expm1(u))
+        at1 = exp_times(u, u) - jnp.expm1(u) + (a - 1) * (exp_times(u, u**2 / 2 - u) + jnp.expm1(u))
         return jnp.where(near0, at0, jnp.where(near1, at1, general))
 
-    def weight(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def weight(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         return jnp.exp(self.a * real(u))
 
-    def reward(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def reward(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         u = real(u)
         # The Box-Cox logarithm of the ratio, with its series about order zero.
         near = jnp.abs(self.a) < 1e-6
@@ -72,7 +72,7 @@ class TotalVariation(FDivergence):
         if self.smoothing is not None:
             check_positive("smoothing", self.smoothing)
 
-    def phi(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def phi(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         u = real(u)
         if self.smoothing is None:
             return jnp.abs(jnp.expm1(u)) / 2
@@ -83,14 +83,14 @@ class TotalVariation(FDivergence):
     def pathwise(self) -> bool:
         return self.smoothing is not None
 
-    def weight(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def weight(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         if self.smoothing is None:
             refuse_kink("TotalVariation()")
         scaled = real(u) / (2 * self.smoothing)
         # cosh overflows in float32 beyond 88; at 40 the weight is zero to any precision.
         return 1 / (4 * self.smoothing * jnp.cosh(jnp.clip(scaled, -40.0, 40.0)) ** 2)
 
-    def reward(self, u: Float[ArrayLike, " *s"]) -> Float[Array, " *s"]:
+    def reward(self, u: Shaped[ArrayLike, " *s"]) -> Float[Array, " *s"]:
         u = real(u)
         if self.smoothing is None:
             return jnp.sign(u) / 2
