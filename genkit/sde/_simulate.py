@@ -180,8 +180,8 @@ def simulate(
         sde: the model.
         ts: increasing times in [0, horizon], shape (n,), at which the state is returned.
         x0: initial state instead of the model's own, (d,).
-        guide: the distribution to draw from instead of the model's; its observation times become step boundaries too. It
-            takes `x0` for normal with the same moments, cut to the support; `log_weight` makes up for that.
+        guide: the distribution to draw from instead of the model's; its observation times become step boundaries too.
+            It takes `x0` for normal with the same moments, cut to the support; `log_weight` makes up for that.
         max_step: longest time step; `None` takes one step from each time to the next, so that `ts` is the grid. Needs
             times known on the host.
         steps_per_interval: equal steps in each interval instead, a Python integer; works with traced times.

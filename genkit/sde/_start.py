@@ -40,8 +40,8 @@ def initial_state(
 def _guided_start(sde: FractionalSDE, guide: AbstractGuide, plan: Any, normals: Array) -> tuple[Array, Array]:
     """The initial state from a guide's normals, and its log-density relative to the normal they assume.
 
-    The guide takes the distribution for a normal one of the same moments. Where it has bounds, the guide's normal is cut
-    to them: what it draws is mapped to the same quantile of the truncated normal.
+    The guide takes the distribution for a normal one of the same moments. Where it has bounds, the guide's normal is
+    cut to them: what it draws is mapped to the same quantile of the truncated normal.
     """
     mean, sd = sde.start()
     x = mean + sd * normals[-sde.dim :]
