@@ -1,7 +1,7 @@
 """A generator of the ring of eight Gaussians in one step, without any critic.
 
 What: a perceptron distilled from the analytic denoiser of the ring by the Jensen-Shannon divergence; the ratio is that
-of the teacher to the smoothed empirical law of fresh draws, so that nothing but the student is trained.
+of the teacher to the smoothed empirical distribution of fresh draws, so that nothing but the student is trained.
 Source: Xu, Nie & Vahdat, "One-step Diffusion Models with f-Divergence Distribution Matching", 2025.
 Cost: ten seconds on two cores.
 Expect: all eight modes, total variation of their masses below 0.08.

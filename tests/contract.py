@@ -14,7 +14,7 @@ class Case:
     """One module and one way to use it.
 
     Args:
-        name: unique within its wing.
+        name: unique within its submodule.
         make: builds the module, in the dtype that is the default when it is called (no arrays made at import).
         use: a pure function of the module that returns arrays (make its inputs inside); `None` for pure records.
         grad: whether the floating leaves have finite gradients, not all of them zero.

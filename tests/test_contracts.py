@@ -1,7 +1,7 @@
 """One battery that every concrete public module passes.
 
-The cases live beside the tests of each wing, in `tests/<wing>/contracts.py`, as a list `CASES` of `contract.Case`: a
-new class lands with a line there. `test_every_public_module_has_a_case` holds that.
+The cases live beside the tests of each submodule, in `tests/<submodule>/contracts.py`, as a list `CASES` of
+`contract.Case`: a new class lands with a line there. `test_every_public_module_has_a_case` holds that.
 """
 
 import functools
@@ -62,7 +62,7 @@ def public_modules() -> set[type]:
 def test_every_public_module_has_a_case():
     covered = {cls for case in CASES.values() for cls in case.classes()}
     lacking = sorted(f"{cls.__module__}.{cls.__name__}" for cls in public_modules() - covered)
-    assert not lacking, f"add a Case to tests/<wing>/contracts.py for: {', '.join(lacking)}"
+    assert not lacking, f"add a Case to tests/<submodule>/contracts.py for: {', '.join(lacking)}"
 
 
 def allclose(a, b, rtol=1e-5, atol=1e-5):

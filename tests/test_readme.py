@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -21,8 +23,23 @@ def test_the_two_commands_stand_alone_on_their_lines():
     assert [TEXT.splitlines().count(command) for command in (RUN, TEST)] == [1, 1]
 
 
-def test_the_example_runs(tmp_path):
-    (example,) = blocks("python")
+# What each example prints first, in the order of the page; those that train or compile for long are slow.
+EXAMPLES = [
+    pytest.param(0, "(64, 1, 8, 8)", marks=pytest.mark.slow),
+    pytest.param(1, "        mean", marks=pytest.mark.slow),
+    pytest.param(2, "Hurst index of the Nile 0.8", marks=()),
+    pytest.param(3, "(100, 20, 2)", marks=pytest.mark.slow),
+    pytest.param(4, "1.", marks=()),
+]
+
+
+def test_every_example_has_a_test():
+    assert len(blocks("python")) == len(EXAMPLES)
+
+
+@pytest.mark.parametrize(("index", "start"), EXAMPLES)
+def test_the_examples_run(index, start, tmp_path):
+    example = blocks("python")[index]
     assert len([line for line in example.splitlines() if line.strip() and not line.startswith("#")]) <= 20
     script = tmp_path / "example.py"
     script.write_text(example)
@@ -35,7 +52,7 @@ def test_the_example_runs(tmp_path):
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("plain") and "\nguided" in done.stdout
+    assert done.stdout.startswith(start), done.stdout
     assert "nan" not in done.stdout
 
 

@@ -65,8 +65,8 @@ class Renoise(AbstractSampler):
     Example:
         >>> import jax, jax.numpy as jnp
         >>> import genkit as gk
-        >>> law = gk.diffusion.GaussianDenoiser(jnp.zeros(2), 1.0)
-        >>> draws = gk.sample(gk.distill.Renoise([80.0, 1.0]), law, 3, key=jax.random.key(0))
+        >>> denoiser = gk.diffusion.GaussianDenoiser(jnp.zeros(2), 1.0)
+        >>> draws = gk.sample(gk.distill.Renoise([80.0, 1.0]), denoiser, 3, key=jax.random.key(0))
         >>> draws.value.shape, int(draws.nfe[0])
         ((3, 2), 2)
 

@@ -41,8 +41,9 @@ class Lift(eqx.Module):
     $$\hat B(t)=\sum_k\omega_k(H)\,Y_k(t)+\sum_k(1-e^{-\gamma_kt})\,c_k,\qquad dY_k=-\gamma_kY_k\,dt+dW,\ Y_k(0)=0,$$
 
     with one Brownian motion $W$ for all $k$ and a Gaussian history $c=F(H)\xi$, $\xi\sim N(0,I)$, independent of $W$,
-    which carries what a process of kind I owes to its past. On a horizon $T$, $B(tT)=T^H\hat B(t)$ in law, so one
-    table serves every horizon. With no terms, $\hat B=W$. Build one with `ma_fbm` or `brownian`.
+    which carries what a process of kind I owes to its past. On a horizon $T$, $B(tT)$ and
+    $T^H\hat B(t)$ have one distribution, so one table serves every horizon. With no terms,
+    $\hat B=W$. Build one with `ma_fbm` or `brownian`.
 
     The module holds only the four numbers that define it; its tables are computed once on the host in float64 and
     remembered, so that no optimizer can mistake them for parameters and no compiled program solves for them.
@@ -60,7 +61,7 @@ class Lift(eqx.Module):
 
     Source: Harms and Stefanovits, "Affine representations of fractional processes with applications in mathematical
     finance", 2019; Daems et al., "Variational inference for SDEs driven by fractional noise", ICLR 2024 (weights of
-    kinds "II" and "I-published"). The separate law of the history (kind "I") was derived for this library.
+    kinds "II" and "I-published"). The separate distribution of the history (kind "I") was derived for this library.
     """
 
     num_terms: int = eqx.field(static=True)
@@ -384,8 +385,9 @@ def ma_fbm(
             where `num_points` is given.
         lo: smallest speed on the unit clock (the horizon is 1).
         hi: largest speed on the unit clock; transitions are exact, so any speed is stable. Default 1e4.
-        kind: "I" (kind I with its own law of the past: accurate over the whole range of H), "II" (Riemann-Liouville) or
-            "I-published" (kind I from stationary processes, as published, normalized to unit variance of the target).
+        kind: "I" (kind I with its own distribution of the past: accurate over the whole range of H), "II"
+            (Riemann-Liouville) or "I-published" (kind I from stationary processes, as published, normalized to unit
+            variance of the target).
         num_points: number n of points of the series that is looked at, as if spread evenly over the horizon: `hi` is
             then at least 100 n. The default serves about a thousand points.
 

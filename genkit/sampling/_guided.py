@@ -34,10 +34,10 @@ class Guided(AbstractDelegatingDenoiser):
     Example:
         >>> import jax.numpy as jnp
         >>> import genkit as gk
-        >>> law = gk.diffusion.MixtureDenoiser(
+        >>> denoiser = gk.diffusion.MixtureDenoiser(
         ...     jnp.ones(2), jnp.array([[-1.0], [1.0]]), jnp.array(0.01), labels=jnp.array([0, 1])
         ... )
-        >>> guided = gk.sampling.Guided(law, gk.guidance.cfg(2.0))
+        >>> guided = gk.sampling.Guided(denoiser, gk.guidance.cfg(2.0))
         >>> round(float(guided(jnp.zeros(1), jnp.array(1.0), 1)[0]), 2)
         1.98
     """

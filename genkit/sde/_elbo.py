@@ -33,7 +33,7 @@ def log_weights(
 
     Args:
         sde: the model.
-        guide: the law to draw from.
+        guide: the distribution to draw from.
         observed: the observations; their times are step boundaries, masked ones included.
         num_particles: number of draws.
         max_step: longest step; `None` takes one step per observation.
@@ -149,7 +149,7 @@ def elbo(
 
     Args:
         sde: the model.
-        guide: the variational law, `LinearGuide` or `NeuralGuide`.
+        guide: the variational distribution, `LinearGuide` or `NeuralGuide`.
         observed: the observations; their times are step boundaries, masked ones included.
         num_particles: draws averaged.
         max_step: longest step; `None` takes one step per observation.
@@ -194,7 +194,7 @@ def iwelbo(
 
     Args:
         sde: the model.
-        guide: the variational law.
+        guide: the variational distribution.
         observed: the observations.
         num_particles: paths n in the average.
         max_step: longest step; `None` takes one step per observation.

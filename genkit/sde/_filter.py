@@ -38,7 +38,7 @@ class Rows(NamedTuple):
 
 
 class Gaussian(NamedTuple):
-    """Law of standard-normal coordinates given the rest: mean `shift - gain z`, root of the covariance."""
+    """Distribution of standard-normal coordinates given the rest: mean `shift - gain z`, root of the covariance."""
 
     shift: Array
     gain: Array
@@ -124,7 +124,7 @@ def _absorb(known: Rows, new: Rows) -> Rows:
 
 
 def _eliminate(known: Rows, slope: Array | None, offset: Array, noise: Array) -> tuple[Rows, Array, Gaussian]:
-    """Integrate out the normals of z' = z + D z + m + M eps; also their law given z and the future."""
+    """Integrate out the normals of z' = z + D z + m + M eps; also their distribution given z and the future."""
     cross = known.matrix @ noise
     target = known.target - known.matrix @ offset
     size = cross.shape[0]
@@ -145,7 +145,7 @@ def _eliminate(known: Rows, slope: Array | None, offset: Array, noise: Array) ->
 
 
 class Backward(NamedTuple):
-    """Outcome of the backward pass: evidence (up to the observations' constant), laws of the normals."""
+    """Outcome of the backward pass: evidence (up to the observations' constant), distributions of the normals."""
 
     log_evidence: Array
     start: Gaussian

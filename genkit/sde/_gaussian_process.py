@@ -32,7 +32,7 @@ def gp_log_evidence(
 
     Args:
         hurst: Hurst index in (0, 1), scalar or (d,), or a `LearnedHurst`.
-        observed: observations with a normal law given the state, affine in it.
+        observed: observations with a normal distribution given the state, affine in it.
         theta: mean reversion rate, scalar or (d,); 0 is fractional Brownian motion.
         sigma: noise scale, scalar or (d,).
         kind: "I" or "II".

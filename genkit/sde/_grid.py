@@ -1,4 +1,4 @@
-"""The time grid of a run and, per distinct step, the exact joint law of the lifted noise over it."""
+"""The time grid of a run and, per distinct step, the exact joint distribution of the lifted noise over it."""
 
 import functools
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Guides: laws of the noise that steer a path through its observations."""
+"""Guides: distributions of the noise that steer a path through its observations."""
 
 import abc
 from typing import Any, NamedTuple
@@ -37,10 +37,10 @@ class Plan(NamedTuple):
 
 
 class AbstractGuide(eqx.Module):
-    """A law of the standard normals behind a path: of the history and the initial state, then of each step.
+    """A distribution of the standard normals behind a path: of the history and the initial state, then of each step.
 
-    All normals of a step are coordinates in which the model's own law is N(0, I); a guide returns theirs, with the
-    log-ratio of the two densities at the draw and their divergence in closed form.
+    All normals of a step are coordinates in which the model's own distribution is N(0, I); a guide returns theirs, with
+    the log-ratio of the two densities at the draw and their divergence in closed form.
     """
 
     @abc.abstractmethod
@@ -84,7 +84,7 @@ class LinearGuide(AbstractGuide):
 
     Args:
         sde: the model.
-        observed: observations with a normal law given the state; its mean may be any function of it.
+        observed: observations with a normal distribution given the state; its mean may be any function of it.
         max_step: longest step of the grid it is prepared on. In use on another grid it is prepared anew; inside jit,
             where a guide that is an argument cannot be compared, another grid of as many steps gives NaN.
         steps_per_interval: equal steps per interval instead.

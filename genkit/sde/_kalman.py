@@ -27,7 +27,7 @@ def kalman(sde: FractionalSDE, observed: Observed, *, steps_per_interval: int | 
     integrated to second order.
 
     Args:
-        sde: the model; the law of `x0`, if any, must be normal.
+        sde: the model; the distribution of `x0`, if any, must be normal.
         observed: the observations.
         steps_per_interval: take that many numerical steps per interval instead of an exact one.
 
@@ -35,7 +35,7 @@ def kalman(sde: FractionalSDE, observed: Observed, *, steps_per_interval: int | 
         The log-evidence, a scalar.
 
     Raises:
-        ValueError: if drift, diffusion, likelihood or initial law are of another kind. Inside jit, where coefficients
+        ValueError: if drift, diffusion, likelihood or initial state are of another kind. Inside jit, where coefficients
             cannot be looked at beforehand, the value is NaN instead.
 
     Example:

@@ -21,8 +21,8 @@ class LatentSDE(eqx.Module):
     """A latent fractional SDE, its decoder, and a guide that reads a series.
 
     Args:
-        sde: law of the latent path.
-        decoder: `decoder(x) -> numpyro law` of one observation.
+        sde: distribution of the latent path.
+        decoder: `decoder(x) -> numpyro distribution` of one observation.
         guide: a `NeuralGuide` built on one example series; it is conditioned on each series in turn.
 
     Example:
@@ -48,7 +48,7 @@ class LatentSDE(eqx.Module):
         return (self.sde.dim,)
 
     def __call__(self, x: Float[Array, " d"]) -> Any:
-        """Law of one observation given the latent state."""
+        """Distribution of one observation given the latent state."""
         return self.decoder(x)
 
     def observe(self, ts: Any, y: Array, mask: Any = None) -> Observed:

@@ -127,7 +127,7 @@ class FractionalSDE(eqx.Module):
             then $B(t)=\sum_k\omega_k(H(t))Y_k(t)$ with the lift's processes Y and weights, of variance $t^{2H(t)}$.
         horizon: length T of the time interval, positive; the clock of the lift. Noise is accurate down to about
             `T / lift.hi`.
-        x0: initial state (d,) or scalar, or a numpyro law of it with event or batch shape (d,).
+        x0: initial state (d,) or scalar, or a numpyro distribution of it with event or batch shape (d,).
         step: how one time step is made. "path_mean" uses exact means of the noise over the step (second order for
             additive noise, two drift calls); "exponential" also integrates the diagonal of the drift's Jacobian exactly
             (better by orders of magnitude where that is most of the drift, for one more derivative); "exact" draws

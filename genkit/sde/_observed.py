@@ -1,4 +1,4 @@
-"""Observations of a path: times, values, their law given the state, and which of them are there."""
+"""Observations of a path: times, values, their distribution given the state, and which of them are there."""
 
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +33,7 @@ class GaussianNoise(eqx.Module):
         check_positive("scale", self.scale)
 
     def __call__(self, x: Float[Array, " d"]) -> dist.Distribution:
-        """The law of one observation given the state."""
+        """The distribution of one observation given the state."""
         return dist.Normal(x, self.scale)
 
 
@@ -43,7 +43,7 @@ class Observed(eqx.Module):
     Args:
         ts: times, increasing, non-negative, shape (n,).
         y: values, shape (n, ...), one row per time; (n,) is read as (n, 1). Masked rows may be NaN.
-        likelihood: `likelihood(x) -> numpyro law` of one row, for a state x of shape (d,).
+        likelihood: `likelihood(x) -> numpyro distribution` of one row, for a state x of shape (d,).
         mask: booleans (n,), True where observed; `None` means all.
 
     Raises:
@@ -127,8 +127,8 @@ def check_times(name: str, ts: Any) -> None:
 
 
 def gaussian_parts(likelihood: Callable, x: Array) -> tuple[Array, Array, Array] | None:
-    """Linearize a Gaussian likelihood at `x`: `(root, matrix, offset)` such that the law of the whitened observation
-    `root @ y` is N(root @ (matrix @ x + offset), I); `None` when the law is not Gaussian.
+    """Linearize a Gaussian likelihood at `x`: `(root, matrix, offset)` such that the whitened observation `root @ y` is
+    distributed as N(root @ (matrix @ x + offset), I); `None` when the distribution is not Gaussian.
     """
     law = likelihood(x)
     while isinstance(law, dist.Independent):

@@ -29,7 +29,7 @@ class Paths(eqx.Module):
     Args:
         ts: the times, shape (n,).
         x: the states at these times, shape (n, d).
-        log_weight: log-density ratio of the model's law of the path to the guide's, so that `exp(log_weight)` times
+        log_weight: log-density ratio of the path under the model and under the guide, so that `exp(log_weight)` times
             the likelihood estimates the evidence; 0 without a guide.
         kl: the same in closed form per step, a non-negative estimate of the Kullback-Leibler divergence; 0 without.
     """
@@ -59,7 +59,7 @@ def prepare(sde: FractionalSDE, guide: AbstractGuide | None, grid: Grid) -> tupl
     """What is done on the host before anything is compiled: checks, tables, a look at the guide's own plan."""
     affine = check_affine(sde, uncoupled=True) if sde.step == "exact" else True
     if guide is not None:
-        sde.start()  # its errors name the law of x0
+        sde.start()  # its errors name the distribution of x0
     noises = make_table(sde, grid)
     if not is_concrete(affine):  # inside jit, where nothing can be refused, a wrong step makes no plausible path
         noises = jax.tree.map(lambda x: jnp.where(affine, x, jnp.nan), noises)
@@ -180,8 +180,8 @@ def simulate(
         sde: the model.
         ts: increasing times in [0, horizon], shape (n,), at which the state is returned.
         x0: initial state instead of the model's own, (d,).
-        guide: the law to draw from instead of the model's; its observation times become step boundaries too. It takes
-            a law of `x0` for the normal law of the same moments, cut to the support; `log_weight` makes up for that.
+        guide: the distribution to draw from instead of the model's; its observation times become step boundaries too.
+            It takes `x0` for normal with the same moments, cut to the support; `log_weight` makes up for that.
         max_step: longest time step; `None` takes one step from each time to the next, so that `ts` is the grid. Needs
             times known on the host.
         steps_per_interval: equal steps in each interval instead, a Python integer; works with traced times.
@@ -202,7 +202,7 @@ def simulate(
         >>> gs.simulate(model, jnp.linspace(0.0, 2.0, 21), key=jax.random.key(0)).x.shape
         (21, 1)
 
-    Source: steps as in `FractionalSDE`; the exact law of the lifted noise was derived for this library.
+    Source: steps as in `FractionalSDE`; the exact distribution of the lifted noise was derived for this library.
     """
     check_key(key)
     check_parts(sde, guide, optional=True)

@@ -1,4 +1,4 @@
-"""The state at time 0: drawn from the model, or from a guide and weighed, inside the support of its law."""
+"""The state at time 0: drawn from the model, or from a guide and weighed, inside the support of its distribution."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from genkit.sde._model import FractionalSDE
 from genkit.sde._step import Driver
 
 
-FAR = 40.0  # deviations: nothing of a normal law is left beyond, in float64 too
+FAR = 40.0  # deviations: nothing of a normal distribution is left beyond, in float64 too
 
 
 def initial_state(
@@ -38,10 +38,10 @@ def initial_state(
 
 
 def _guided_start(sde: FractionalSDE, guide: AbstractGuide, plan: Any, normals: Array) -> tuple[Array, Array]:
-    """The initial state from a guide's normals, and the log-density ratio of its law to the normal they assume.
+    """The initial state from a guide's normals, and its log-density relative to the normal they assume.
 
-    The guide takes the law for a normal one of the same moments. Where the law has bounds, the guide's normal is cut to
-    them: what it draws is mapped to the same quantile of the truncated normal.
+    The guide takes the distribution for a normal one of the same moments. Where it has bounds, the guide's normal is
+    cut to them: what it draws is mapped to the same quantile of the truncated normal.
     """
     mean, sd = sde.start()
     x = mean + sd * normals[-sde.dim :]
@@ -62,7 +62,7 @@ def _guided_start(sde: FractionalSDE, guide: AbstractGuide, plan: Any, normals: 
 
 
 def support(law: dist.Distribution, dim: int) -> tuple[Array, Array] | None:
-    """Lower and upper bounds (d,) of a law's support, infinite where there is none; `None` for all of space."""
+    """Lower and upper bounds (d,) of a support, infinite where there is none; `None` for all of space."""
     kinds = dist.constraints
     region: Any = law.support
     while isinstance(region, kinds.independent):
@@ -82,7 +82,7 @@ def support(law: dist.Distribution, dim: int) -> tuple[Array, Array] | None:
 def cut(
     x: Float[Array, " d"], mean: Array, sd: Array, lower: Array, upper: Array
 ) -> tuple[Float[Array, " d"], Float[Array, " d"]]:
-    """Map draws of N(mean, sd^2) to the same quantiles of that law truncated to [lower, upper]; also the log-slope."""
+    """Map draws of N(mean, sd^2) to the same quantiles of it truncated to [lower, upper]; also the log-slope."""
     t = (x - mean) / sd
     # Far outside the support the tail left over is too thin for floating point: a nearer center serves as well.
     center = jnp.clip(mean, lower - 6 * sd, upper + 6 * sd)

@@ -1,4 +1,4 @@
-"""The diffusion wing: switching samplers, eight samplers at once, likelihood, against JAX by hand and torch peers.
+"""Diffusion: switching samplers, eight samplers at once, likelihood, against JAX by hand and torch peers.
 
 Run with `pytest -o addopts="--import-mode=importlib" tests/benchmarks/test_diffusion.py -m benchmark -s`: without the
 suite's own options, whose run-time type checks would count as ours. Overhead per step against hand-written loops is in

@@ -80,7 +80,7 @@ def test_numpyro(what, name, loss, right, capsys):
         return jax.grad(fn)(jnp.array(T))
 
     z = summarize(capsys, f"numpyro {name}", what, *by_jax(slope))
-    assert (z < 5) == right, "numpyro has changed: renew the table in docs/wings/vi-peers.md"
+    assert (z < 5) == right, "numpyro has changed: renew the table in docs/guide/vi-peers.md"
 
 
 PYRO = [
@@ -120,4 +120,4 @@ def test_pyro(what, name, options, enumerated, right, capsys):
         slopes.append(np.zeros(3) if leaf.grad is None else -leaf.grad.numpy().copy())
         leaf.grad = None
     z = summarize(capsys, f"pyro {name}", what, slopes, float(np.median(times)))
-    assert (z < 5) == right, "pyro has changed: renew the table in docs/wings/vi-peers.md"
+    assert (z < 5) == right, "pyro has changed: renew the table in docs/guide/vi-peers.md"

@@ -1,4 +1,4 @@
-"""The definition files of this wing keep what their docstrings promise."""
+"""The definition files of this submodule keep what their docstrings promise."""
 
 import runpy
 from pathlib import Path

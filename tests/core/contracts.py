@@ -1,4 +1,4 @@
-"""Contract cases of the ground floor."""
+"""Contract cases of training, sampling, inference and storage."""
 
 import functools
 

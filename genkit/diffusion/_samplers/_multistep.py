@@ -126,7 +126,7 @@ def stages(chart: AbstractChart, s: float, t: float, step: int, order: int, firs
             e = {first + j: float(w) for j, w in enumerate(found)}
             rows.append(Row(level, s, t, step, corrector=k > 0, p=p, q=q, d=chart.carried(s, target), e=e))
             continue
-        # The last stage forgets the middle one: two nodes are enough for the order, and room in the history is scarce.
+        # The last stage forgets the middle one: two nodes are enough for the order, and history is scarce.
         chosen = list(range(order))
         if order == 3:
             chosen = [0, 2]

@@ -27,8 +27,8 @@ class NumpyroGuide(eqx.Module):
     Example:
         >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
         >>> from genkit import vi
-        >>> law = lambda: numpyro.sample("x", dist.Normal(numpyro.param("loc", 0.0), 1.0))
-        >>> guide = vi.NumpyroGuide(law, {"loc": jnp.array(0.5)}, {"loc": dist.transforms.IdentityTransform()})
+        >>> family = lambda: numpyro.sample("x", dist.Normal(numpyro.param("loc", 0.0), 1.0))
+        >>> guide = vi.NumpyroGuide(family, {"loc": jnp.array(0.5)}, {"loc": dist.transforms.IdentityTransform()})
         >>> float(guide.params["loc"])
         0.5
     """
@@ -73,8 +73,8 @@ def from_numpyro(guide: Callable, *args: Any, key: Key[Array, ""], **kwargs: Any
     Example:
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
         >>> from genkit import vi
-        >>> law = lambda: numpyro.sample("x", dist.Normal(numpyro.param("loc", jnp.array(0.5)), 1.0))
-        >>> float(vi.from_numpyro(law, key=jax.random.key(0)).params["loc"])
+        >>> guide = lambda: numpyro.sample("x", dist.Normal(numpyro.param("loc", jnp.array(0.5)), 1.0))
+        >>> float(vi.from_numpyro(guide, key=jax.random.key(0)).params["loc"])
         0.5
     """
     if not callable(guide):
