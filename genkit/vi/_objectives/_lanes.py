@@ -162,6 +162,8 @@ def _outputs(eqn: JaxprEqn, reads: Sequence[Reads]) -> list[dict[str, int]]:
             return trace_reads(inner, reads)
     if name in _ELEMENTWISE:
         return [merge(reads)] * len(eqn.outvars)
+    if name == "scan":
+        return _scan(eqn, reads)
     rule = _RULES.get(name)
     moved = []
     for position, part in enumerate(reads):
@@ -170,6 +172,30 @@ def _outputs(eqn: JaxprEqn, reads: Sequence[Reads]) -> list[dict[str, int]]:
             out[draw] = MIXED if rule is None or axis == MIXED else rule(eqn, position, axis)
         moved.append(out)
     return [merge(moved)] * len(eqn.outvars)
+
+
+def _scan(eqn: JaxprEqn, reads: Sequence[Reads]) -> list[dict[str, int]]:
+    """A loop: what a carry reads grows until nothing is added; stacked arrays have the steps in front."""
+    num_consts = eqn.params["num_consts"]
+    num_carry = eqn.params["num_carry"]
+    body = eqn.params["jaxpr"].jaxpr
+    consts = reads[:num_consts]
+    carry = list(reads[num_consts : num_consts + num_carry])
+    # Members along the axis of steps meet one after the other.
+    sliced = [
+        {draw: MIXED if axis in (MIXED, 0) else axis - 1 for draw, axis in part.items()}
+        for part in reads[num_consts + num_carry :]
+    ]
+    while True:
+        outs = trace_reads(body, [*consts, *carry, *sliced])
+        grown = [merge([before, after]) for before, after in zip(carry, outs[:num_carry], strict=True)]
+        if grown == [dict(part) for part in carry]:
+            break
+        carry = grown
+    stacked = [
+        {draw: MIXED if axis == MIXED else axis + 1 for draw, axis in part.items()} for part in outs[num_carry:]
+    ]
+    return [*grown, *stacked]
 
 
 def _shape(var: Var | Literal) -> tuple[int, ...]:

@@ -5,15 +5,27 @@ from collections.abc import Callable
 import jax
 from jaxtyping import ArrayLike, PyTree
 from numpyro.contrib.control_flow import cond as numpyro_cond, scan as numpyro_scan
-from numpyro.primitives import _PYRO_STACK as _NUMPYRO_STACK
+from numpyro.primitives import _PYRO_STACK as _NUMPYRO_STACK, Messenger
 
 from genkit.vi._runtime._frame import interpreter
 
 
+class LoopTaker(Messenger):
+    """A handler inside a program that wants loops as numpyro's messages, before the program runs them.
+
+    Attributes:
+        is_taking: False while a message is on its way to the program.
+    """
+
+    is_taking: bool = True
+
+
 def is_elsewhere() -> bool:
-    """True outside of programs and of `E`."""
+    """True outside of programs and of `E`, and where a handler inside wants to see the loop first."""
     now = interpreter()
-    return now.run is None and now.frame is None
+    if now.run is None and now.frame is None:
+        return True
+    return any(isinstance(handler, LoopTaker) and handler.is_taking for handler in _NUMPYRO_STACK)
 
 
 def scan(f: Callable, init: PyTree, xs: PyTree, length: int, reverse: bool) -> tuple[PyTree, PyTree]:

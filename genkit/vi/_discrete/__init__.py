@@ -1,0 +1,1 @@
+"""Discrete sites summed out of numpyro models."""
