@@ -12,6 +12,7 @@ from genkit.inference._draws import (
 )
 from genkit.inference._infer import (
     Method as Method,
+    PreparingMethod as PreparingMethod,
     infer as infer,
 )
 from genkit.inference._measure import (
@@ -22,10 +23,11 @@ from genkit.inference._measure import (
 from genkit.inference._posterior import Posterior as Posterior
 from genkit.inference._problem import (
     Problem as Problem,
+    discrete_sites as discrete_sites,
+    improper_start as improper_start,
 )
 from genkit.inference._traced import (
     ConstantProblem as ConstantProblem,
     TracedProblem as TracedProblem,
     as_compiled_argument as as_compiled_argument,
-    improper_start as improper_start,
 )

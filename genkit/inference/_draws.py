@@ -157,10 +157,11 @@ def log_likelihood(problem: Problem, values: dict[str, PyTree], key: Key[Array, 
         key: typed PRNG key.
 
     Returns:
-        Arrays of each observed site's batch shape.
+        Arrays of each observed site's batch shape; sites that are masked away as a whole, whose density is counted
+        elsewhere, are left out.
     """
     trace = trace_at(problem, values, key=key)
-    return {site["name"]: _log_prob(site) for site in _data_sites(trace)}
+    return {site["name"]: _log_prob(site) for site in _data_sites(trace) if mask_of(site["fn"]) is not False}
 
 
 def predictive(problem: Problem, values: dict[str, PyTree], key: Key[Array, ""]) -> dict[str, Array]:

@@ -14,7 +14,7 @@ from genkit._core._checks import check_count, check_key
 from genkit.inference._draws import Jobs, describe_draws, model_facts
 from genkit.inference._pareto import evidence_bracket
 from genkit.inference._posterior import Posterior
-from genkit.inference._problem import Problem
+from genkit.inference._problem import Problem, discrete_sites
 from genkit.inference._traced import ConstantProblem, TracedProblem, as_compiled_argument
 
 
@@ -43,6 +43,28 @@ class Method(Protocol):
         ...
 
 
+@runtime_checkable
+class PreparingMethod(Protocol):
+    """A method that asks for another form of the problem, from which the facts about its draws are computed too.
+
+    Example:
+        >>> import genkit as gk
+        >>> isinstance(gk.mcmc.NUTS(10, 10), gk.inference.PreparingMethod)
+        True
+    """
+
+    def prepare(self, problem: Problem) -> Problem:
+        """The problem as the method wants it.
+
+        Args:
+            problem: model and data.
+
+        Returns:
+            The same problem, or one with the same data and another model.
+        """
+        ...
+
+
 def infer(
     problem: object,
     method: object,
@@ -55,6 +77,9 @@ def infer(
     batch_size: int | None = None,
 ) -> Posterior:
     """Condition a model on its data.
+
+    Discrete latent sites are summed out (`gk.vi.marginalize`) by the methods that cannot draw them, and drawn
+    afterwards given everything else; `attrs["summed_out"]` names them.
 
     Density, pointwise likelihood, predictions and deterministic sites are computed after the draws are safe. One that
     fails is left out: a warning and `attrs["failed_<job>"]` say why.
@@ -98,7 +123,13 @@ def infer(
     # Folded before the method splits the key, so that its draws are those of `method.run` with the same key.
     key_facts = jr.fold_in(key, 0)
     jobs = Jobs(log_density, log_likelihood, predictive, deterministics)
+    given = problem
+    if isinstance(method, PreparingMethod):
+        problem = method.prepare(problem)
     result = method.run(problem, key=key)
+    if problem is not given:
+        names = ", ".join(discrete_sites(given))
+        result = dataclasses.replace(result, attrs={**result.attrs, "summed_out": names})
     result = _described(problem, result, jobs, batch_size, key_facts)
     khat = result.khat
     if khat is not None and khat > 0.7:

@@ -4,6 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
 
 from genkit._core._checks import check, describe_type
 
@@ -54,3 +58,66 @@ class Problem(eqx.Module):
         self.args = tuple(args)
         self.kwargs = dict(kwargs or {})
         self.name = name
+
+
+def improper_start(site: dict) -> Any:
+    """A value for a latent site with an improper distribution, from which nothing can be drawn.
+
+    Args:
+        site: numpyro's message.
+
+    Returns:
+        The image of zero under the map from the reals to the support; None for other sites.
+
+    Example:
+        >>> import numpyro, numpyro.distributions as dist
+        >>> import genkit as gk
+        >>> flat = dist.ImproperUniform(dist.constraints.positive, (), ())
+        >>> start = gk.inference.improper_start
+        >>> model = numpyro.handlers.substitute(lambda: numpyro.sample("s", flat), substitute_fn=start)
+        >>> float(model())
+        1.0
+    """
+    if site["type"] != "sample" or site["is_observed"]:
+        return None
+    base = site["fn"]
+    while isinstance(base, (dist.MaskedDistribution, dist.ExpandedDistribution, dist.Independent)):
+        base = base.base_dist
+    if not isinstance(base, dist.ImproperUniform):
+        return None
+    transform = dist.biject_to(site["fn"].support)
+    shape = tuple(site["fn"].batch_shape) + tuple(site["fn"].event_shape)
+    return transform(jnp.zeros(transform.inverse_shape(shape)))
+
+
+def discrete_sites(problem: Problem) -> list[str]:
+    """The names of a model's discrete latent sites.
+
+    Args:
+        problem: model and data.
+
+    Returns:
+        The names in the order of the model; none where the model cannot be run, which the method will tell.
+
+    Example:
+        >>> import numpyro, numpyro.distributions as dist
+        >>> import genkit as gk
+        >>> gk.inference.discrete_sites(gk.Problem(lambda: numpyro.sample("z", dist.Bernoulli(0.5))))
+        ['z']
+    """
+    names: list[str] = []
+
+    def run() -> None:
+        start = numpyro.handlers.substitute(problem.model, substitute_fn=improper_start)
+        with numpyro.handlers.trace() as trace, numpyro.handlers.seed(rng_seed=0):
+            start(*problem.args, **problem.kwargs)
+        for name, site in trace.items():
+            if site["type"] == "sample" and not site["is_observed"] and site["fn"].support.is_discrete:
+                names.append(name)
+
+    try:
+        with numpyro.handlers.block(), jax.debug_key_reuse(False):  # numpyro's handlers split one key several times
+            run()
+    except Exception:  # a wrong model is told by the method, in its own words
+        return []
+    return names

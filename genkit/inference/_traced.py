@@ -1,14 +1,10 @@
 """Data as arguments of compiled programs, so that equal models and shapes compile once."""
 
-from typing import Any
-
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpyro
-import numpyro.distributions as dist
 
-from genkit.inference._problem import Problem
+from genkit.inference._problem import Problem, improper_start
 
 
 _NEEDS_VALUES = (
@@ -78,33 +74,3 @@ def as_compiled_argument(problem: Problem) -> TracedProblem | ConstantProblem:
     except Exception:  # a wrong model is told by the method, in its own words
         return TracedProblem(problem)
     return TracedProblem(problem)
-
-
-def improper_start(site: dict) -> Any:
-    """A value for a latent site with an improper distribution, from which nothing can be drawn.
-
-    Args:
-        site: numpyro's message.
-
-    Returns:
-        The image of zero under the map from the reals to the support; None for other sites.
-
-    Example:
-        >>> import numpyro, numpyro.distributions as dist
-        >>> import genkit as gk
-        >>> flat = dist.ImproperUniform(dist.constraints.positive, (), ())
-        >>> start = gk.inference.improper_start
-        >>> model = numpyro.handlers.substitute(lambda: numpyro.sample("s", flat), substitute_fn=start)
-        >>> float(model())
-        1.0
-    """
-    if site["type"] != "sample" or site["is_observed"]:
-        return None
-    base = site["fn"]
-    while isinstance(base, (dist.MaskedDistribution, dist.ExpandedDistribution, dist.Independent)):
-        base = base.base_dist
-    if not isinstance(base, dist.ImproperUniform):
-        return None
-    transform = dist.biject_to(site["fn"].support)
-    shape = tuple(site["fn"].batch_shape) + tuple(site["fn"].event_shape)
-    return transform(jnp.zeros(transform.inverse_shape(shape)))

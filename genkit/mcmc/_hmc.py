@@ -12,8 +12,9 @@ from numpyro.infer import HMC as _HMC, NUTS as _NUTS, init_to_uniform
 from numpyro.infer.hmc import HMCState
 from numpyro.ops.provenance import eval_provenance
 
+from genkit import vi
 from genkit._core._checks import check_count, check_interval
-from genkit.inference import Posterior, Problem, as_compiled_argument, trace_at
+from genkit.inference import Posterior, Problem, as_compiled_argument, discrete_sites, trace_at
 from genkit.mcmc._chains import run_chains
 
 
@@ -24,6 +25,7 @@ class AbstractHamiltonian(eqx.Module):
     num_samples: eqx.AbstractVar[int]
     num_chains: eqx.AbstractVar[int]
     target_accept: eqx.AbstractVar[float]
+    marginalize: eqx.AbstractVar[bool]
 
     def __check_init__(self) -> None:
         check_count("num_warmup", self.num_warmup)
@@ -52,6 +54,19 @@ class AbstractHamiltonian(eqx.Module):
             "step_size": state.adapt_state.step_size,
         }
 
+    def prepare(self, problem: Problem) -> Problem:
+        """Sum out the discrete latent sites, which Hamiltonian dynamics cannot move.
+
+        Args:
+            problem: model and data.
+
+        Returns:
+            The problem without them, or the same problem if there are none.
+        """
+        if not self.marginalize or not discrete_sites(problem):
+            return problem
+        return Problem(vi.marginalize(problem.model), problem.args, problem.kwargs, name=problem.name)
+
     def run(self, problem: Problem, *, key: Key[Array, ""]) -> Posterior:
         """Draw from the posterior.
 
@@ -63,8 +78,8 @@ class AbstractHamiltonian(eqx.Module):
             Samples with axes (chain, draw, ...); divergences, energies, step sizes and tree sizes in `stats`.
 
         Raises:
-            ValueError: for a model with discrete latent sites, or with `numpyro.param` sites that its density depends
-                on.
+            ValueError: for discrete latent sites that are not summed out, or for a model with `numpyro.param` sites
+                that its density depends on.
         """
         check_sites(problem)
         # The second key once drew the predictions; the chains keep the first, and with it their draws.
@@ -85,6 +100,7 @@ class NUTS(AbstractHamiltonian):
         target_accept: acceptance probability the step size is tuned to, in (0, 1).
         max_tree_depth: at most `2 ** max_tree_depth` leapfrog steps per draw.
         dense_mass: adapt a full mass matrix.
+        marginalize: sum discrete latent sites out (`gk.vi.marginalize`); False refuses them.
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist
@@ -105,6 +121,7 @@ class NUTS(AbstractHamiltonian):
     target_accept: float = eqx.field(static=True, default=0.8, kw_only=True)
     max_tree_depth: int = eqx.field(static=True, default=10, kw_only=True)
     dense_mass: bool = eqx.field(static=True, default=False, kw_only=True)
+    marginalize: bool = eqx.field(static=True, default=True, kw_only=True)
 
     def __check_init__(self) -> None:
         check_count("max_tree_depth", self.max_tree_depth)
@@ -131,6 +148,7 @@ class HMC(AbstractHamiltonian):
         num_chains: chains, run together in one vectorized program.
         trajectory_length: integration time per draw, positive.
         target_accept: acceptance probability the step size is tuned to, in (0, 1).
+        marginalize: sum discrete latent sites out (`gk.vi.marginalize`); False refuses them.
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist
@@ -150,6 +168,7 @@ class HMC(AbstractHamiltonian):
     num_chains: int = eqx.field(static=True, default=4)
     trajectory_length: float = eqx.field(static=True, default=6.283185307179586, kw_only=True)
     target_accept: float = eqx.field(static=True, default=0.8, kw_only=True)
+    marginalize: bool = eqx.field(static=True, default=True, kw_only=True)
 
     def __check_init__(self) -> None:
         check_interval("trajectory_length", self.trajectory_length, 0, open_lo=True)
@@ -181,8 +200,14 @@ def check_sites(problem: Problem) -> None:
             if site["fn"].support.is_discrete:
                 raise ValueError(
                     f"`model` must have continuous latent sites for Hamiltonian Monte Carlo; got the discrete "
-                    f"site {name!r} ({type(site['fn']).__name__}). Sum it out in the model, or use gk.vi.Fit."
+                    f"site {name!r} ({type(site['fn']).__name__}). Leave `marginalize=True`, or use "
+                    "gk.vi.Fit with a guide of your own."
                 )
+    if not latent:
+        raise ValueError(
+            "`model` must have a continuous latent site for Hamiltonian Monte Carlo; got none. Discrete sites that were "
+            "summed out can be drawn with `gk.vi.marginalize` under numpyro's `seed` and `trace`."
+        )
     if params:
         _refuse_params(problem, latent, params)
 

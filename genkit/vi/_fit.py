@@ -22,9 +22,11 @@ from genkit.inference import (
     Problem,
     TracedProblem,
     as_compiled_argument,
+    discrete_sites,
     improper_start,
 )
 from genkit.training import Objective, Phase, Recipe, fit
+from genkit.vi._discrete._marginalize import marginalize
 from genkit.vi._guides._automatic import flow_guide, full_rank, low_rank, mean_field
 from genkit.vi._objectives._bounds import elbo
 from genkit.vi._objectives._maximize import average
@@ -95,6 +97,7 @@ class Fit(eqx.Module):
         num_samples: draws of the fitted guide.
         num_particles: independent estimates averaged per step.
         stop: a `Plateau` rule, or None to run all steps.
+        marginalize: with a named guide, sum discrete latent sites out (`gk.vi.marginalize`); False refuses them.
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist
@@ -114,6 +117,7 @@ class Fit(eqx.Module):
     num_samples: int = eqx.field(static=True, default=1000)
     num_particles: int = eqx.field(static=True, default=1, kw_only=True)
     stop: Plateau | None = eqx.field(default=None, kw_only=True)
+    marginalize: bool = eqx.field(static=True, default=True, kw_only=True)
 
     def __check_init__(self) -> None:
         if isinstance(self.guide, str):
@@ -129,6 +133,19 @@ class Fit(eqx.Module):
         check_count("num_samples", self.num_samples)
         check_count("num_particles", self.num_particles)
 
+    def prepare(self, problem: Problem) -> Problem:
+        """Sum out the discrete latent sites where the guide is a named one, which has none.
+
+        Args:
+            problem: model and data.
+
+        Returns:
+            The problem without them, or the same problem if there are none.
+        """
+        if not self.marginalize or not isinstance(self.guide, str) or not discrete_sites(problem):
+            return problem
+        return Problem(marginalize(problem.model), problem.args, problem.kwargs, name=problem.name)
+
     def run(self, problem: Problem, *, key: Key[Array, ""]) -> Posterior:
         """Fit the guide to the posterior and draw from it.
 
@@ -142,6 +159,7 @@ class Fit(eqx.Module):
         Raises:
             NonFiniteError: if the optimization leaves the finite numbers, naming the site where it can.
         """
+        problem = self.prepare(problem)
         key_build, key_train, key_draw = jr.split(key, 3)
         params, transforms = _model_params(problem)
         start = Trained(self._build(problem, key_build), params)

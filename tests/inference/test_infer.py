@@ -64,9 +64,11 @@ def test_wrong_methods_are_named():
         numpyro.sample("b", dist.Bernoulli(0.5))
 
     with pytest.raises(ValueError, match="discrete"):
-        gk.infer(gk.Problem(discrete), gk.mcmc.NUTS(10, 10), key=jax.random.key(0))
+        gk.infer(gk.Problem(discrete), gk.mcmc.NUTS(10, 10, marginalize=False), key=jax.random.key(0))
     with pytest.raises(ValueError, match="continuous"):
-        gk.infer(gk.Problem(discrete), gk.vi.Fit(), key=jax.random.key(0))
+        gk.infer(gk.Problem(discrete), gk.vi.Fit(marginalize=False), key=jax.random.key(0))
+    with pytest.raises(ValueError, match="continuous latent site"):
+        gk.infer(gk.Problem(discrete), gk.mcmc.NUTS(10, 10), key=jax.random.key(0))
 
 
 def test_bad_guides_are_told():

@@ -13,7 +13,6 @@ from numpyro.contrib.control_flow import scan
 from numpyro.handlers import mask, scale, seed, substitute, trace
 from numpyro.infer.util import log_density
 
-import genkit as gk
 from genkit import vi
 
 
@@ -265,7 +264,7 @@ CASES = {
     "second order": (second_order, {"z": (BITS, (4,))}, {}, Y[:4]),
     "counting": (counting, {"z": (BITS, (4,))}, {}, Y[:4]),
     "read after the loop": (read_after, {"z": (BITS, (4,))}, {}, Y[:4]),
-    "factorial": (factorial, {n: (BITS, (3,)) for n in "abc"}, {}, Y[:3]),
+    "factorial": (factorial, dict.fromkeys("abc", (BITS, (3,))), {}, Y[:3]),
     "a plate of chains": (plate_of_chains, {"z": (BITS, (3, 2))}, {}, Y.reshape(3, 2)),
     "local in a loop": (local_in_loop, {"z": (BITS, (2,)), "c": (BITS, (2, 2))}, {}, Y[:4].reshape(2, 2)),
     "apart in a loop": (apart_in_loop, {"z": (BITS, (4,))}, {}, Y[:4]),

@@ -23,14 +23,14 @@ from genkit.vi._discrete._elimination import (
     Factor,
     Step,
     WidthError,
-    over_lanes,
-    relative,
     aligned,
     backward_messages,
     chain_product,
     draw_states,
     eliminate,
+    over_lanes,
     reduce_states,
+    relative,
 )
 from genkit.vi._discrete._graph import Graph, Spec, build_graph, reads_of, trace_costs
 from genkit.vi._discrete._world import Body, Found, Slices, World, concrete_scale
@@ -116,7 +116,9 @@ class Link:
     steps: list[Step] = dataclasses.field(default_factory=list)
     rest: list[Factor] = dataclasses.field(default_factory=list)
 
-    def table(self, costs: Callable[[dict[str, Array]], dict[str, Array]], joint: Mapping[str, tuple[int, ...]]) -> Table:
+    def table(
+        self, costs: Callable[[dict[str, Array]], dict[str, Array]], joint: Mapping[str, tuple[int, ...]]
+    ) -> Table:
         """Sum out what is not carried.
 
         Args:
@@ -311,8 +313,12 @@ def _sum(chain: Chain, init: PyTree, carries: PyTree, steps: Slices) -> dict[str
     joint: dict[str, tuple[int, ...]] = {}
     tables = None
     if length > 1:
-        before = jax.tree.map(lambda leaf: leaf[:-1], (carries, steps))
-        tables = jax.vmap(lambda old, step: later.table(chain.later(*old, step), {}))(before, steps.at(slice(1, None)))
+        carries = jax.tree.map(lambda leaf: leaf[:-1], carries)
+
+        def at(carry: PyTree, before: Slices, step: Slices) -> Table:
+            return later.table(chain.later(carry, before, step), {})
+
+        tables = jax.vmap(at)(carries, steps.at(slice(None, -1)), steps.at(slice(1, None)))
         assert later.graph is not None
         joint = {site: later.graph.joint[site] for site in chain.specs}
     start = first.table(chain.first(init, steps.at(0)), joint)
@@ -399,5 +405,3 @@ def _draw_path(
 
     rest = jax.vmap(at)(tables.steps, before, after, keys[1, 1:])
     return jax.tree.map(lambda one, others: jnp.concatenate([one, others]), values, rest)
-
-

@@ -173,9 +173,7 @@ def build_graph(
     return graph
 
 
-def _places(
-    costs: Costs, specs: Mapping[str, Spec]
-) -> tuple[dict[str, set[str]], dict[tuple[str, str, int], int]]:
+def _places(costs: Costs, specs: Mapping[str, Spec]) -> tuple[dict[str, set[str]], dict[tuple[str, str, int], int]]:
     """Who reads whom, and where the axes of a value lie in a log-density that reads it."""
     places = {}
     reads = reads_of(costs, list(specs))

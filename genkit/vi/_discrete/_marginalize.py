@@ -1,7 +1,6 @@
 """Models with their discrete latent sites summed out."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -9,19 +8,16 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpyro
-import numpyro.distributions as dist
-from jaxtyping import Array, ArrayLike, Key, PyTree
-from numpyro.handlers import seed
-from numpyro.primitives import _PYRO_STACK as _NUMPYRO_STACK, Messenger, apply_stack
+from jaxtyping import Array, Key, PyTree
 
-from genkit._core._checks import check, check_choice, check_count, check_key, describe, describe_type
+from genkit._core._checks import check, check_count, check_key, describe, describe_type
 from genkit.inference import Posterior, Problem, trace_at
 from genkit.vi._discrete._chain import sum_chain
 from genkit.vi._discrete._elimination import Factor, WidthError, aligned, draw_states, eliminate
-from genkit.vi._discrete._graph import Graph, build_graph, reads_of, trace_costs
+from genkit.vi._discrete._graph import Costs, Graph, build_graph, reads_of, trace_costs
+from genkit.vi._discrete._visible import SummedOut, Visible, key_at_hand
 from genkit.vi._discrete._world import Found, Given, Settings, run_world
-from genkit.vi._programs._elsewhere import LoopTaker
-from genkit.vi._runtime._frame import MAX_PATHS, current_frame, current_run
+from genkit.vi._runtime._frame import MAX_PATHS, current_frame
 
 
 class Marginal(eqx.Module):
@@ -73,7 +69,7 @@ class _Run:
             result = self.call()
         graph, factors, steps = self.sums(visible.given)
         self.publish(visible, graph, factors)
-        key = _key_at_hand()
+        key = key_at_hand()
         if key is not None and current_frame() is None:
             for name, value in self.draws(visible.given, graph, steps, key).items():
                 numpyro.deterministic(name, value)
@@ -85,16 +81,7 @@ class _Run:
             found = self.abstract({})
             references = {name: spec.reference for name, spec in found.specs.items()}
             tokens = {name: jnp.zeros(()) for name in found.tokens}
-
-            def costs(values: dict[str, Array], kept: list[Found]) -> dict[str, Array]:
-                states = {name: value for name, value in values.items() if name not in tokens}
-                marks = {name: values[name] for name in tokens}
-                kept.append(run_world(self.call, self.settings, None, states, tokens=marks))
-                return kept[-1].costs
-
-            kept: list[Found] = []
-            traced = trace_costs(lambda values, kept=kept: costs(values, kept), {**references, **tokens})
-            found = kept[-1]
+            traced, found = self.traced(None, references, tokens)
             reads = reads_of(traced, [*references, *tokens])
             used = {name for names in reads.values() for name in names if name in tokens}
             if used:
@@ -104,6 +91,21 @@ class _Run:
             tainted = {cost for cost, names in reads.items() if names} | found.forced
             self.tainted = frozenset(site for cost in tainted for site in found.sites(cost))
             return found
+
+    def traced(
+        self, given: Given | None, references: Mapping[str, Array], tokens: Mapping[str, Array]
+    ) -> tuple[Costs, Found]:
+        """The log-densities as a function of the discrete values and of a mark for each loop."""
+        kept: list[Found] = []
+
+        def costs(values: dict[str, Array]) -> dict[str, Array]:
+            states = {name: values[name] for name in references}
+            marks = {name: values[name] for name in tokens}
+            kept.append(run_world(self.call, self.settings, given, states, tokens=marks))
+            return kept[-1].costs
+
+        found = trace_costs(costs, {**references, **tokens})
+        return found, kept[-1]
 
     def abstract(self, states: Mapping[str, Array]) -> Found:
         """A run for shapes only."""
@@ -129,14 +131,7 @@ class _Run:
         """Sum out the discrete sites at given values of the others."""
         found = self.abstract({})
         references = {name: spec.reference for name, spec in found.specs.items()}
-        kept: list[Found] = []
-
-        def costs(values: dict[str, Array]) -> dict[str, Array]:
-            kept.append(run_world(self.call, self.settings, given, values))
-            return kept[-1].costs
-
-        traced = trace_costs(costs, references)
-        found = kept[-1]
+        traced, found = self.traced(given, references, {})
         max_paths = self.settings.max_paths
         try:
             graph = build_graph(traced, found.specs, {}, found.scales, max_paths=max_paths)
@@ -203,49 +198,6 @@ class _Run:
         numpyro.factor("summed out: " + ", ".join(sorted(factor.sites)), value)
 
 
-class SummedOut(dist.Distribution):
-    """The distribution of an observed site in whose density discrete sites are summed out.
-
-    Args:
-        base: the distribution at one value of the discrete sites.
-        marginal: the log-density of the observation, of the site's batch shape.
-    """
-
-    def __init__(self, base: dist.Distribution, marginal: Array):
-        self.base = base
-        self.marginal = marginal
-        super().__init__(base.batch_shape, base.event_shape)
-
-    @property
-    def support(self) -> dist.constraints.Constraint:
-        """The support of the observation."""
-        return self.base.support
-
-    def sample(self, key: Key[Array, ""], sample_shape: tuple[int, ...] = ()) -> Array:
-        """Draw at the value of the discrete sites that the run has drawn.
-
-        Args:
-            key: PRNG key.
-            sample_shape: leading axes.
-
-        Returns:
-            A draw.
-        """
-        return self.base.sample(key, sample_shape)
-
-    def log_prob(self, value: ArrayLike) -> Array:
-        """The log-density of the observation, with the discrete sites summed out.
-
-        Args:
-            value: the observation.
-
-        Returns:
-            An array of the batch shape.
-        """
-        del value  # it was known when the sum was made
-        return self.marginal
-
-
 def _by_member(msg: dict, factor: Factor, graph: Graph) -> Array | None:
     """The density of a sum by member of an observed site's batch, where its lanes are those of the batch."""
     lanes = graph.lanes.get(msg["name"])
@@ -257,175 +209,6 @@ def _by_member(msg: dict, factor: Factor, graph: Graph) -> Array | None:
     if sorted(inside) != wide or set(inside.values()) != set(factor.dims):
         return None
     return aligned(factor, [inside[axis] for axis in wide]).reshape(shape)
-
-
-class Visible(LoopTaker):
-    """The run of a model that handlers outside see: discrete sites to sum out are hidden, and values are kept.
-
-    Args:
-        settings: what to sum out.
-        tainted: sites whose densities read a discrete site; what they add is counted with the sums.
-    """
-
-    def __init__(self, settings: Settings, tainted: frozenset[str]):
-        super().__init__()
-        self.settings = settings
-        self.tainted = tainted
-        self.given = Given()
-        self.observed: dict[str, dict] = {}
-        self.is_inside = False
-
-    def process_message(self, msg: dict) -> None:
-        """Hide, mask, or watch."""
-        if self.is_inside:
-            return
-        if msg["type"] == "control_flow":
-            self.is_taking = False
-            if len(msg["args"]) == 5:
-                f, *rest = msg["args"]
-                msg["args"] = (self.wrapped(f), *rest)
-            return
-        if msg["type"] != "sample":
-            return
-        if hide(msg, self.settings, self.tainted):
-            return
-        if msg["is_observed"] and msg["name"] in self.tainted:
-            self.observed[msg["name"]] = dict(msg)
-            msg["stop"] = True
-
-    def postprocess_message(self, msg: dict) -> None:
-        """Keep the values that were taken."""
-        if self.is_inside:
-            return
-        name = msg.get("name")
-        match msg["type"]:
-            case "control_flow":
-                self.is_taking = True
-                if len(msg["args"]) == 5:
-                    last, (trace, (ys, values)) = msg["value"]
-                    self.given.values.update(values)
-                    msg["value"] = (last, (trace, ys))
-            case "sample":
-                if not (msg["is_observed"] or self.settings.sums_out(msg)):
-                    self.given.values.setdefault(name, msg["value"])
-            case "param":
-                self.given.params[name] = msg["value"]
-            case "plate":
-                self.given.indices[name] = msg["value"]
-            case "prng_key":
-                self.given.keys.append(msg["value"])
-
-    def wrapped(self, f: Callable) -> Callable:
-        """The body of a loop, which also hands out the values of its latent sites."""
-
-        def body(carry: PyTree, x: PyTree) -> tuple[PyTree, tuple]:
-            kept = Inside(self.settings, self.tainted)
-            with self.inside(), kept:
-                carry, y = f(carry, x)
-            return carry, (y, kept.values)
-
-        return body
-
-    @contextlib.contextmanager
-    def inside(self) -> Iterator[None]:
-        """Leave messages to the handler of the body; loops in it are taken again."""
-        before = (self.is_inside, self.is_taking)
-        self.is_inside = True
-        try:
-            yield
-        finally:
-            self.is_inside, self.is_taking = before
-
-    def show(self, name: str, distribution: dist.Distribution, scale: ArrayLike | None) -> None:
-        """Send the message of an observed site on, with another density."""
-        msg = {**self.observed[name], "fn": distribution, "scale": scale, "stop": False}
-        apply_stack(msg)
-
-
-class Inside(Messenger):
-    """The body of a loop in the visible run.
-
-    Args:
-        settings: what to sum out.
-        tainted: sites whose densities read a discrete site.
-    """
-
-    def __init__(self, settings: Settings, tainted: frozenset[str]):
-        super().__init__()
-        self.settings = settings
-        self.tainted = tainted
-        self.values: dict[str, PyTree] = {}
-
-    def process_message(self, msg: dict) -> None:
-        """Hide or mask."""
-        if msg["type"] == "sample" and not hide(msg, self.settings, self.tainted):
-            if msg["is_observed"] and msg["name"] in self.tainted:
-                msg["fn"] = msg["fn"].mask(False)
-        elif msg["type"] == "control_flow" and len(msg["args"]) == 5:
-            f, *rest = msg["args"]
-            msg["args"] = (self.wrapped(f), *rest)
-
-    def postprocess_message(self, msg: dict) -> None:
-        """Keep the values that were taken."""
-        if msg["type"] == "sample" and not (msg["is_observed"] or self.settings.sums_out(msg)):
-            self.values.setdefault(msg["name"], msg["value"])
-        elif msg["type"] == "control_flow" and len(msg["args"]) == 5:
-            last, (trace, (ys, values)) = msg["value"]
-            self.values.update(values)
-            msg["value"] = (last, (trace, ys))
-
-    def wrapped(self, f: Callable) -> Callable:
-        """The body of a loop in the loop."""
-
-        def body(carry: PyTree, x: PyTree) -> tuple[PyTree, tuple]:
-            kept = Inside(self.settings, self.tainted)
-            with kept:
-                carry, y = f(carry, x)
-            return carry, (y, kept.values)
-
-        return body
-
-
-def hide(msg: dict, settings: Settings, tainted: frozenset[str]) -> bool:
-    """Keep a discrete site in; take the density of a latent site that reads one out. True where that was all."""
-    if settings.sums_out(msg):
-        _refuse_from_outside(msg["name"])
-        key = _key_at_hand()
-        if key is None:
-            # Densities do not depend on it.
-            msg["value"] = jnp.full(msg["fn"].shape(msg["kwargs"].get("sample_shape", ())), 0)
-        else:
-            msg["value"] = msg["fn"].sample(key, msg["kwargs"].get("sample_shape", ()))
-        msg["stop"] = True
-        return True
-    if not msg["is_observed"] and msg["name"] in tainted:
-        msg["fn"] = msg["fn"].mask(False)
-        return True
-    return False
-
-
-def _refuse_from_outside(name: str) -> None:
-    """A value put at a hidden site from outside would be lost."""
-    for handler in _NUMPYRO_STACK:
-        for attribute in ("data", "params"):
-            put = getattr(handler, attribute, None)  # numpyro's handlers declare no common base for what they put in
-            if isinstance(put, Mapping) and name in put:
-                raise ValueError(
-                    f"The site {name!r} must not be given from outside a model in which it is summed out; got a value "
-                    f"from `{type(handler).__name__}`. Put the handler inside: marginalize(handler(model))."
-                )
-
-
-def _key_at_hand() -> Key[Array, ""] | None:
-    """A key of the run around, where it has one."""
-    run = current_run()
-    if run is not None:
-        if run.key is None and run.frame is None:
-            return None
-        return numpyro.prng_key()
-    if not any(isinstance(handler, seed) and handler.rng_key is not None for handler in _NUMPYRO_STACK):
-        return None
-    return numpyro.prng_key()
 
 
 def _too_wide(error: WidthError, max_paths: int) -> str:
@@ -532,7 +315,7 @@ def infer_discrete(
     if not isinstance(posterior, Posterior):
         raise TypeError(f"`posterior` must be a gk.Posterior; got {describe_type(posterior)}.")
     check_key(key)
-    check_choice("temperature", temperature, (0, 1))
+    check(temperature in (0, 1), "temperature", "0 (the most probable values) or 1 (draws)", temperature)
     base = model if isinstance(model, Marginal) else marginalize(model)
     assert isinstance(base, Marginal)
     is_mode = temperature == 0

@@ -99,4 +99,3 @@ def lane_costs(distribution: dist.Distribution, value: ArrayLike, support: np.nd
     if support is not None:
         rest = -math.log(len(support))
     return jnp.where(mask, log_prob, rest)
-

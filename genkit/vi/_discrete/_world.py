@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import numpyro.distributions as dist
 from jaxtyping import Array, ArrayLike, Key, PyTree
 from numpyro.ops.pytree import PytreeTrace
 from numpyro.primitives import Messenger
 
+from genkit._core._checks import is_concrete
 from genkit.vi._discrete._graph import Spec
 from genkit.vi._discrete._states import lane_costs, spec_of
 from genkit.vi._runtime._frame import changed
@@ -180,26 +182,23 @@ class World(Messenger):
             spec = spec_of(site, distribution, self.settings.bounds)
             self.found.specs[name] = spec
             support = spec.support
-            msg["value"] = self.states[name] if name in self.states else spec.reference
+            msg["value"] = self.states.get(name, spec.reference)
         else:
             self.found.latent.add(site)
             msg["value"] = self._value(site, msg["value"], distribution)
         self.found.costs[name] = lane_costs(distribution, msg["value"], support)
         self.found.scales[name] = msg["scale"]
 
-    def _value(self, site: str, put: PyTree, distribution: object) -> PyTree:
+    def _value(self, site: str, put: PyTree, distribution: dist.Distribution) -> PyTree:
         if self.given is None:
             if put is not None:
                 return put
-            shape = distribution.batch_shape + distribution.event_shape  # pyright: ignore[reportAttributeAccessIssue]
-            kind = int if distribution.support.is_discrete else float  # pyright: ignore[reportAttributeAccessIssue]
-            return jnp.zeros(shape, kind)
+            # Nothing is computed from it: only its shape and kind matter.
+            return jnp.zeros(distribution.shape(), int if distribution.support.is_discrete else float)
         value = self.given.values[site]
         return value if self.step is None else jax.tree.map(lambda leaf: leaf[self.step], value)
 
-    def loop(
-        self, f: Callable, init: PyTree, xs: PyTree, length: int | None, reverse: bool
-    ) -> tuple[PyTree, PyTree]:
+    def loop(self, f: Callable, init: PyTree, xs: PyTree, length: int | None, reverse: bool) -> tuple[PyTree, PyTree]:
         """Run a loop; discrete sites inside are summed out."""
         name = f"{self.path}loop{self.num_loops}"
         self.num_loops += 1
@@ -235,9 +234,7 @@ class World(Messenger):
             self.found.loops.update(facts.loops)
             self.found.forced |= facts.forced
 
-    def _written_out(
-        self, f: Callable, init: PyTree, xs: PyTree, length: int, reverse: bool
-    ) -> tuple[PyTree, PyTree]:
+    def _written_out(self, f: Callable, init: PyTree, xs: PyTree, length: int, reverse: bool) -> tuple[PyTree, PyTree]:
         """The loop step by step, each with sites of its own."""
         carry = init
         outs = []
@@ -365,9 +362,9 @@ def concrete_scale(scale: ArrayLike | None) -> float | None:
     """A scale as a number, which may leave a loop."""
     if scale is None:
         return None
-    if isinstance(scale, jax.core.Tracer) or np.ndim(scale) > 0:
+    if not is_concrete(scale) or np.ndim(scale) > 0:
         raise ValueError(
             "`scale` must be one Python number at sites in a loop with discrete sites; got an array of shape "
             f"{np.shape(scale)}. Scale inside the body is for subsampled plates."
         )
-    return float(scale)
+    return float(np.asarray(scale))

@@ -192,9 +192,7 @@ def _scan(eqn: JaxprEqn, reads: Sequence[Reads]) -> list[dict[str, int]]:
         if grown == [dict(part) for part in carry]:
             break
         carry = grown
-    stacked = [
-        {draw: MIXED if axis == MIXED else axis + 1 for draw, axis in part.items()} for part in outs[num_carry:]
-    ]
+    stacked = [{draw: MIXED if axis == MIXED else axis + 1 for draw, axis in part.items()} for part in outs[num_carry:]]
     return [*grown, *stacked]
 
 
