@@ -205,8 +205,8 @@ def check_sites(problem: Problem) -> None:
                 )
     if not latent:
         raise ValueError(
-            "`model` must have a continuous latent site for Hamiltonian Monte Carlo; got none. Discrete sites that were "
-            "summed out can be drawn with `gk.vi.marginalize` under numpyro's `seed` and `trace`."
+            "`model` must have a continuous latent site for Hamiltonian Monte Carlo; got none. Discrete sites that "
+            "were summed out can be drawn with `gk.vi.marginalize` under numpyro's `seed` and `trace`."
         )
     if params:
         _refuse_params(problem, latent, params)

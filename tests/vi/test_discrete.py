@@ -1,6 +1,7 @@
 """Discrete sites summed out: closed forms, and every small model against the sum over all joint values."""
 
 import itertools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,11 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from numpyro.contrib.control_flow import scan
+from numpyro.contrib.control_flow import cond, scan
 from numpyro.handlers import mask, scale, seed, substitute, trace
 from numpyro.infer.util import log_density
 
+import genkit as gk
 from genkit import vi
 
 
@@ -343,3 +345,111 @@ def test_gradients_agree_with_finite_differences():
         slope = float(jax.jit(jax.grad(value))(1.3))
         ends = np.asarray(jax.jit(jax.vmap(value))(jnp.array([1.3 - 1e-5, 1.3 + 1e-5])))
     np.testing.assert_allclose(slope, (ends[1] - ends[0]) / 2e-5, rtol=1e-7)
+
+
+def test_a_subsampled_plate_scales_the_sums_of_its_members():
+    def model(y):
+        with numpyro.plate("n", 6, subsample_size=2):
+            rows = numpyro.subsample(y, event_dim=0)
+            z = numpyro.sample("z", dist.Bernoulli(0.3))
+            numpyro.sample("y", dist.Normal(2.0 * z, 0.7), obs=rows)
+
+    def one(y):
+        z = numpyro.sample("z", dist.Bernoulli(0.3))
+        numpyro.sample("y", dist.Normal(2.0 * z, 0.7), obs=y)
+
+    expected = 3.0 * sum(by_enumeration(one, {"z": (BITS, ())}, {}, Y[i]) for i in (1, 4))
+    np.testing.assert_allclose(density(vi.marginalize(model), {"n": np.array([1, 4])}, Y), expected, rtol=1e-10)
+
+
+def test_branches_may_observe_and_not_draw():
+    def model(y, draws):
+        def busy(scale):
+            if draws:
+                numpyro.sample("b", dist.Bernoulli(0.3))
+            numpyro.sample("y", dist.Normal(2.0, scale), obs=y)
+
+        def calm(scale):
+            if draws:
+                numpyro.sample("b", dist.Bernoulli(0.3))
+            numpyro.sample("y", dist.Normal(-1.0, scale), obs=y)
+
+        z = numpyro.sample("z", dist.Bernoulli(0.3))
+        cond(z == 1, busy, calm, 0.5)
+
+    with pytest.raises(ValueError, match="'b' inside one"):
+        density(vi.marginalize(model), {}, 1.2, True)
+    expected = by_enumeration(model, {"z": (BITS, ())}, {}, 1.2, False)
+    np.testing.assert_allclose(density(vi.marginalize(model), {}, 1.2, False), expected, rtol=1e-10)
+
+
+def test_a_value_put_inside_is_not_summed():
+    inside = vi.marginalize(substitute(mixture, data={"z": np.array([1, 1, 1, 0, 0, 1])}))
+    whole = density(mixture, {"w": 0.4, "z": np.array([1, 1, 1, 0, 0, 1])}, Y)
+    np.testing.assert_allclose(density(inside, {"w": 0.4}, Y), whole, rtol=1e-10)
+
+
+MODELS = Path(__file__).parents[2] / "models"
+
+
+def test_the_coal_series_has_its_evidence():
+    problem = gk.load(MODELS / "coal_changepoint.py")
+    model = vi.marginalize(problem.model)
+    nodes, weights = np.polynomial.legendre.leggauss(40)
+    early = 1.0 + 2.5 * (nodes + 1)
+    late = 0.2 + 1.2 * (nodes + 1)
+    with jax.enable_x64(True):
+        at = lambda early, late: log_density(model, problem.args, {}, {"early": early, "late": late})[0]
+        values = np.asarray(jax.jit(jax.vmap(jax.vmap(at, (None, 0)), (0, None)))(early, late))
+    mass = np.exp(values - values.max()) * np.outer(2.5 * weights, 1.2 * weights)
+    np.testing.assert_allclose(np.log(mass.sum()) + values.max(), -175.801961583, rtol=1e-9)
+
+
+def test_chains_draw_the_sites_that_were_summed_out():
+    result = gk.infer(gk.Problem(mixture, (Y,)), gk.mcmc.NUTS(200, 500, num_chains=2), key=jr.key(0))
+    assert result.attrs["summed_out"] == "z"
+    assert result.samples["z"].shape == result.log_likelihood["y"].shape == (2, 500, 6)
+    # Given w the members are independent, and the posterior mean of w is known.
+    assert abs(result.samples["w"].mean() - 0.543322599) < 0.06
+    w = result.samples["w"].reshape(-1, 1)
+    ones = w * np.exp(-0.5 * ((Y + 1.0) / 0.7) ** 2) / 0.7
+    zeros = (1 - w) * np.exp(-0.5 * ((Y - 2.0) / 0.5) ** 2) / 0.5
+    expected = (ones / (ones + zeros)).mean(0)
+    error = np.sqrt(expected * (1 - expected) / 1000)
+    assert np.all(np.abs(result.samples["z"].mean((0, 1)) - expected) < 5.0 * error + 1e-3)
+    np.testing.assert_allclose(
+        result.log_likelihood["y"].reshape(-1, 6), np.log((ones + zeros) / np.sqrt(2 * np.pi)), rtol=1e-4
+    )
+    with pytest.raises(ValueError, match="discrete"):
+        gk.infer(gk.Problem(mixture, (Y,)), gk.mcmc.NUTS(10, 10, marginalize=False), key=jr.key(0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixture", "coal_changepoint", "hmm"])
+def test_definition_files_run_under_chains_and_fits(name):
+    problem = gk.load(MODELS / f"{name}.py")
+    (site,) = gk.inference.discrete_sites(problem)
+    for method in (gk.mcmc.NUTS(200, 400, num_chains=2), vi.Fit("full_rank", num_steps=1000, num_samples=400)):
+        result = gk.infer(problem, method, key=jr.key(0))
+        assert result.attrs["summed_out"] == site and np.isfinite(result.log_density).all()
+        assert not any(name.startswith("failed") for name in result.attrs)
+        if name == "coal_changepoint":
+            assert abs(np.mean(result.samples[site]) - 39.868356) < 0.8
+            assert abs(np.mean(result.samples[site] == 41) - 0.233284) < 0.08
+
+
+def test_most_probable_states():
+    def model(y):
+        z = numpyro.sample("z", dist.Categorical(jnp.array([0.4, 0.35, 0.25])))
+        b = numpyro.sample("b", dist.Bernoulli(jnp.array([0.5, 0.9, 0.1])[z]))
+        x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+        numpyro.sample("y", dist.Normal(x + z, 1.0), obs=y + 0.0 * b)
+
+    posterior = gk.Posterior({"x": np.array([0.0, -2.0])}, None, ("draw",))
+    found = vi.infer_discrete(model, posterior, 0.0, key=jr.key(0), temperature=0)
+    joint = np.log([[0.2, 0.2], [0.035, 0.315], [0.225, 0.025]])
+    for row, x in enumerate([0.0, -2.0]):
+        best = np.unravel_index(np.argmax(joint - 0.5 * (x + np.arange(3.0))[:, None] ** 2), (3, 2))
+        assert (found["z"][row], found["b"][row]) == best
+    with pytest.raises(ValueError, match="temperature"):
+        vi.infer_discrete(model, posterior, 0.0, key=jr.key(0), temperature=2)

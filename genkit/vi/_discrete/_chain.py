@@ -38,7 +38,7 @@ from genkit.vi._objectives._lanes import MIXED, trace_reads
 
 
 # Up to this many states the product of matrices by halving costs less than going through the steps one by one.
-_FEW_STATES = 8
+_FEW_STATES = 2
 
 _BEFORE = "@before"
 

@@ -186,7 +186,7 @@ class Inside(Messenger):
 
 def hide(msg: dict, settings: Settings, tainted: frozenset[str]) -> bool:
     """Keep a discrete site in; take the density of a latent site that reads one out. True where that was all."""
-    if settings.sums_out(msg):
+    if msg["value"] is None and settings.sums_out(msg):
         _refuse_from_outside(msg["name"])
         key = key_at_hand()
         if key is None:

@@ -147,8 +147,10 @@ class World(Messenger):
             case "prng_key":
                 self._prng_key(msg)
             case "control_flow":
-                # numpyro's `cond` goes on by itself: its branches see this handler.
-                if len(msg["args"]) == 5:
+                if len(msg["args"]) == 4:  # numpyro's `cond`, which then goes on by itself
+                    pred, true_fn, false_fn, operand = msg["args"]
+                    msg["args"] = (pred, _without_latents(true_fn), _without_latents(false_fn), operand)
+                else:
                     f, init, xs, length, reverse = msg["args"]
                     carry, ys = self.loop(f, init, xs, length, reverse)
                     msg["value"] = ((length, None, carry), (PytreeTrace({}), ys))
@@ -178,7 +180,7 @@ class World(Messenger):
             self.found.discrete.add(site)
         if msg["is_observed"]:
             self.found.observed.add(site)
-        elif self.settings.sums_out(msg):
+        elif msg["value"] is None and self.settings.sums_out(msg):
             spec = spec_of(site, distribution, self.settings.bounds)
             self.found.specs[name] = spec
             support = spec.support
@@ -352,6 +354,26 @@ def run_world(
     with changed(run=None, frame=None, enumeration=None), world:
         call()
     return world.found
+
+
+class _Branch(Messenger):
+    """Refuses latent sites in the branch of a `cond`."""
+
+    def process_message(self, msg: dict) -> None:
+        """Look at one message."""
+        if msg["type"] == "sample" and not msg["is_observed"]:
+            raise ValueError(
+                f"`model` must draw its latent sites outside the branches of `cond` to have discrete sites summed out; "
+                f"got {msg['name']!r} inside one. Draw it before, and use it in the branch."
+            )
+
+
+def _without_latents(fn: Callable) -> Callable:
+    def branch(operand: PyTree) -> PyTree:
+        with _Branch():
+            return fn(operand)
+
+    return branch
 
 
 def _flipped(tree: PyTree) -> PyTree:
