@@ -49,8 +49,9 @@ class MatrixCost(AbstractCost):
         matrix: costs `(n, m)`, finite.
 
     Example:
+        >>> import numpy as np
         >>> import genkit as gk
-        >>> gk.divergence.MatrixCost([[0.0, 1.0, 4.0], [1.0, 0.0, 1.0]]).shape
+        >>> gk.divergence.MatrixCost(np.array([[0.0, 1.0, 4.0], [1.0, 0.0, 1.0]])).shape
         (2, 3)
     """
 

@@ -20,6 +20,7 @@ from genkit.inference._measure import (
     Measure as Measure,
     as_measure as as_measure,
 )
+from genkit.inference._missing import impute as impute
 from genkit.inference._posterior import Posterior as Posterior
 from genkit.inference._problem import (
     Problem as Problem,

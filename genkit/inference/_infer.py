@@ -12,6 +12,7 @@ from jaxtyping import Array, Key, PyTree
 
 from genkit._core._checks import check_count, check_key
 from genkit.inference._draws import Jobs, describe_draws, model_facts
+from genkit.inference._missing import with_missing
 from genkit.inference._pareto import evidence_bracket
 from genkit.inference._posterior import Posterior
 from genkit.inference._problem import Problem, discrete_sites
@@ -79,7 +80,8 @@ def infer(
     """Condition a model on its data.
 
     Discrete latent sites are summed out (`gk.vi.marginalize`) by the methods that cannot draw them, and drawn
-    afterwards given everything else; `attrs["summed_out"]` names them.
+    afterwards given everything else; `attrs["summed_out"]` names them. NaN in observed data are missing values, latent
+    like the rest (`gk.vi.impute`); a warning and `attrs["imputed"]` name the sites.
 
     Density, pointwise likelihood, predictions and deterministic sites are computed after the draws are safe. One that
     fails is left out: a warning and `attrs["failed_<job>"]` say why.
@@ -123,6 +125,7 @@ def infer(
     # Folded before the method splits the key, so that its draws are those of `method.run` with the same key.
     key_facts = jr.fold_in(key, 0)
     jobs = Jobs(log_density, log_likelihood, predictive, deterministics)
+    problem, masks = with_missing(problem)
     given = problem
     if isinstance(method, PreparingMethod):
         problem = method.prepare(problem)
@@ -131,6 +134,8 @@ def infer(
         names = ", ".join(discrete_sites(given))
         result = dataclasses.replace(result, attrs={**result.attrs, "summed_out": names})
     result = _described(problem, result, jobs, batch_size, key_facts)
+    if masks:
+        result = _with_gaps(result, masks)
     khat = result.khat
     if khat is not None and khat > 0.7:
         warnings.warn(
@@ -139,6 +144,17 @@ def infer(
             stacklevel=2,
         )
     return result
+
+
+def _with_gaps(result: Posterior, masks: dict[str, np.ndarray]) -> Posterior:
+    """The observations as they were given, not as they were filled in."""
+    observed = dict(result.observed)
+    for name, mask in masks.items():
+        if name in observed:
+            value = np.asarray(observed[name], float)
+            shape = mask.shape + (1,) * (value.ndim - mask.ndim)
+            observed[name] = np.where(mask.reshape(shape), value, np.nan)
+    return dataclasses.replace(result, observed=observed, attrs={**result.attrs, "imputed": ", ".join(sorted(masks))})
 
 
 def _described(

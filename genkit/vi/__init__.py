@@ -1,5 +1,6 @@
 """Programmable variational inference: objectives are programs, gradients are unbiased."""
 
+from genkit.inference import impute as impute
 from genkit.vi._discrete._marginalize import infer_discrete as infer_discrete, marginalize as marginalize
 from genkit.vi._fit import Fit as Fit, Plateau as Plateau
 from genkit.vi._guides._automatic import (

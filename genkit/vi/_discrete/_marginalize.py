@@ -256,7 +256,7 @@ def marginalize(
         ...     z = numpyro.sample("z", dist.Bernoulli(0.3))
         ...     numpyro.sample("y", dist.Normal(2.0 * z, 1.0), obs=y)
         >>> round(float(vi.program(vi.marginalize(coin))(1.5).log_density({})), 4)
-        -1.5878
+        -1.6282
 
     Source: Obermeyer et al., "Tensor variable elimination for plated factor graphs", ICML (2019), section 4.
     """
