@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _REGION = "the region that the draws of the guide cover; mass it misses is in neither bound"
 
 
-def _leading(values: dict[str, PyTree], dims: tuple[str, ...]) -> dict[str, np.ndarray]:
+def _leading(values: Mapping[str, Any], dims: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Arrays with axes (chain, draw, ...): independent draws become one chain."""
     arrays = {name: np.asarray(value) for name, value in values.items()}
     if len(dims) == 2:
@@ -27,6 +27,8 @@ def to_arviz(
     posterior: PyTree,
     coords: Mapping[str, Sequence] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
+    prior: Mapping[str, Any] | None = None,
+    predictions: Mapping[str, Any] | None = None,
 ) -> Any:
     """Convert a `Posterior`; independent draws are laid out as one chain, which `loo` and plots of both majors accept.
 
@@ -34,6 +36,8 @@ def to_arviz(
         posterior: a `Posterior`, which this module lies below.
         coords: labels by dimension.
         dims: names of the axes of each site, without chain and draw; default the names of its plates.
+        prior: draws of all sites before the data.
+        predictions: draws for new inputs.
 
     Returns:
         `arviz.InferenceData` or `xarray.DataTree`.
@@ -57,6 +61,10 @@ def to_arviz(
         "posterior_predictive": _leading(posterior.predictive, leading),
         "observed_data": {name: np.asarray(value) for name, value in posterior.observed.items()},
     }
+    prior = {name: np.asarray(value)[None] for name, value in (prior or {}).items()}
+    groups["prior"] = {name: value for name, value in prior.items() if name not in posterior.observed}
+    groups["prior_predictive"] = {name: value for name, value in prior.items() if name in posterior.observed}
+    groups["predictions"] = _leading(predictions or {}, leading)
     groups = {name: group for name, group in groups.items() if group}
     named = _axis_names(posterior, dims or {})
     options: dict[str, Any] = {"dims": named, "coords": {name: list(labels) for name, labels in (coords or {}).items()}}

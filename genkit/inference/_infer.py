@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Key, PyTree
@@ -125,6 +126,7 @@ def infer(
     # Folded before the method splits the key, so that its draws are those of `method.run` with the same key.
     key_facts = jr.fold_in(key, 0)
     jobs = Jobs(log_density, log_likelihood, predictive, deterministics)
+    model = problem.model
     problem, masks = with_missing(problem)
     given = problem
     if isinstance(method, PreparingMethod):
@@ -134,6 +136,7 @@ def infer(
         names = ", ".join(discrete_sites(given))
         result = dataclasses.replace(result, attrs={**result.attrs, "summed_out": names})
     result = _described(problem, result, jobs, batch_size, key_facts)
+    result = dataclasses.replace(result, model=model)
     if masks:
         result = _with_gaps(result, masks)
     khat = result.khat
@@ -199,7 +202,8 @@ def _described(
 
 
 def _first(flat: dict[str, PyTree]) -> dict[str, PyTree]:
-    return jax.tree.map(lambda x: x[0], flat)
+    # Loops read their steps with traced indices, which NumPy arrays do not take.
+    return jax.tree.map(lambda x: jnp.asarray(x[0]), flat)
 
 
 def _attempt(job: Callable[[], PyTree], failures: dict[str, str]) -> PyTree | None:

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
+from jaxtyping import Array, Key
 
-from genkit._core._checks import check, describe_type
+from genkit._core._checks import check, check_count, check_key, describe_type
+from genkit.inference._predict import draw_prior
 
 
 class Problem(eqx.Module):
@@ -58,6 +60,35 @@ class Problem(eqx.Module):
         self.args = tuple(args)
         self.kwargs = dict(kwargs or {})
         self.name = name
+
+    def prior(self, num_samples: int, *args: Any, key: Key[Array, ""], **kwargs: Any) -> dict[str, Any]:
+        """Draw latent sites, deterministic sites and observations from the model, before the data.
+
+        Args:
+            num_samples: number of draws.
+            *args: arguments of the model; none for those of the problem, whose observations are drawn anew.
+            key: typed PRNG key.
+            **kwargs: keyword arguments of the model.
+
+        Returns:
+            Arrays (num_samples, ...) by site; `Posterior.to_arviz(prior=)` takes them.
+
+        Example:
+            >>> import jax, numpyro, numpyro.distributions as dist
+            >>> import genkit as gk
+            >>> def coin(flips):
+            ...     p = numpyro.sample("p", dist.Beta(1.0, 1.0))
+            ...     numpyro.sample("flips", dist.Bernoulli(p).expand([3]), obs=flips)
+            >>> draws = gk.Problem(coin, (jax.numpy.array([1, 0, 1]),)).prior(5, key=jax.random.key(0))
+            >>> draws["p"].shape, draws["flips"].shape
+            ((5,), (5, 3))
+        """
+        check_count("num_samples", num_samples)
+        check_key(key)
+        if not args and not kwargs:
+            args = self.args
+            kwargs = self.kwargs
+        return draw_prior(self.model, args, kwargs, num_samples, key)
 
 
 def improper_start(site: dict) -> Any:
