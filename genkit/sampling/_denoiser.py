@@ -1,6 +1,7 @@
 """Denoisers: what a model must be for samplers, guidance and objectives to run on it."""
 
 import abc
+import inspect
 from collections.abc import Callable
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, TypeVar
@@ -187,7 +188,7 @@ def as_denoiser(model: Callable) -> Denoiser:
         A denoiser.
 
     Raises:
-        TypeError: if `model` cannot be called.
+        TypeError: if `model` cannot be called with three arguments.
 
     Example:
         >>> import jax.numpy as jnp
@@ -203,4 +204,13 @@ def as_denoiser(model: Callable) -> Denoiser:
             f"`denoiser` must be a callable (x, sigma, cond=None) -> x0; got {describe(model)}. "
             "A trained model is in `fitted.ema` or `fitted.model`."
         )
+    try:
+        inspect.signature(model).bind(None, None, None)
+    except TypeError as error:
+        raise TypeError(
+            f"`denoiser` must be a callable (x, sigma, cond=None) -> x0; got {describe(model)}, which does not take "
+            f"three arguments ({error}). A function of two becomes one with `lambda x, sigma, cond=None: f(x, sigma)`."
+        ) from None
+    except ValueError:  # callables written in C may have no signature; the call will tell
+        pass
     return CallableDenoiser(model)

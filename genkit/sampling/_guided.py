@@ -57,7 +57,7 @@ class Guided(AbstractDelegatingDenoiser):
         self.model = model
         self.guidance = main
         hint = "Use it with a table, such as `gk.diffusion.heun(grid)`."
-        if not forget and jax.tree.leaves(jax.eval_shape(main.init, jnp.zeros(1))):
+        if not forget and jax.tree.leaves(jax.eval_shape(lambda x: main.init(x), jnp.zeros(1))):
             why = (
                 "stateless here: predictions are asked for in any order (an adaptive solver's rejected steps too), "
                 "which would corrupt what it remembers"

@@ -95,7 +95,9 @@ class Draw(eqx.Module):
     def _blank(self, state: State, row: Columns) -> PyTree:
         """Result of a row without evaluation: zero predictions, the carry, missing reports, no counts."""
         ctx = self.batch.context(row, state.y, row.sigma)
-        x0, _, reports, tally = jax.eval_shape(self.batch.runner, ctx, state.guidance)
+        # A function made here: JAX would compare the runner itself, and with it a denoiser such as `Partial`, by value.
+        runner = self.batch.runner
+        x0, _, reports, tally = jax.eval_shape(lambda ctx, memory: runner(ctx, memory), ctx, state.guidance)
 
         def missing(shape: jax.ShapeDtypeStruct) -> Array:
             if jnp.issubdtype(shape.dtype, jnp.floating):

@@ -1,5 +1,7 @@
 """The verb `sample` and the drawing loop without guidance: values, counts, compilation, batches, wrong input."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -363,3 +365,35 @@ def test_non_finite_draws_inside_jit_are_not_silent():
 def test_wrong_tables(rows, says):
     with pytest.raises(ValueError, match=says):
         gk.Table.from_rows(rows, order=1)
+
+
+def test_every_callable_is_a_denoiser():
+    """Flax's `Partial(apply, params)` is a pytree that JAX compares by value; bound methods and the like are not."""
+
+    def apply(params, x, sigma, cond=None):
+        return params["a"] * x / (1 + sigma**2)
+
+    class Bound:
+        params = {"a": jnp.array(0.9)}  # noqa: RUF012 - a stand-in for a library's object
+
+        def apply(self, x, sigma, cond=None):
+            return apply(self.params, x, sigma, cond)
+
+    callables = [
+        jax.tree_util.Partial(apply, Bound.params),
+        functools.partial(apply, Bound.params),
+        lambda x, sigma, cond=None: apply(Bound.params, x, sigma),
+        Bound().apply,
+    ]
+    for guidance, cond in ((None, None), (gk.guidance.cfg(2.0), np.zeros(4, int))):
+        drawn = [
+            gk.sample(gd.heun(GRID), call, 4, shape=(2,), guidance=guidance, cond=cond, key=jr.key(0)).value
+            for call in callables
+        ]
+        for other in drawn[1:]:
+            np.testing.assert_allclose(other, drawn[0], rtol=1e-6)
+
+
+def test_a_denoiser_of_two_arguments_is_told():
+    with pytest.raises(TypeError, match=r"\(x, sigma, cond=None\).*three arguments.*lambda"):
+        gk.sample(gd.heun(GRID), lambda x, sigma: x, 4, shape=(2,), key=jr.key(0))

@@ -221,7 +221,7 @@ class Measurement(AbstractDelegatingDenoiser):
                 raise ValueError(f"`operator` must be a matrix {expected}, from one example to `y`; got shape {got}.")
             return
         try:
-            made = jax.eval_shape(self.operator, x)
+            made = jax.eval_shape(lambda x: self.operator(x), x)
         except TypeError as error:
             raise ValueError(f"`operator` must apply to one example of shape {x.shape}; it raised: {error}") from error
         shapes = [leaf.shape for leaf in jax.tree.leaves(made)]
