@@ -129,7 +129,8 @@ def test_positional_arguments_have_a_ceiling():
 # is well below each aim.
 AIMS = {"packed assignments": 5.0, "named lambdas": 1.5, "conditional expressions": 12.0, "attribute probes": 2.0}
 MAX_ANY = 0.04
-MIN_COMMENTS = 0.025  # on the way to .05; raised as files are read again
+# On the way to .05: raised as submodules are read again (sde, vi, inference, sampling and training are left).
+MIN_COMMENTS = 0.034
 
 
 def counts(paths: list[Path]) -> dict[str, int]:
