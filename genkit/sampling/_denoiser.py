@@ -177,6 +177,23 @@ class CallableDenoiser(AbstractDelegatingDenoiser):
         return self.denoiser(x, sigma, cond)
 
 
+def check_signature(model: Callable) -> None:
+    """Refuse a callable that does not take an example, a level and a condition.
+
+    Args:
+        model: what a table is to be drawn with.
+    """
+    try:
+        inspect.signature(model).bind(None, None, None)
+    except TypeError as error:
+        raise TypeError(
+            f"`denoiser` must be a callable (x, sigma, cond=None) -> x0; got {describe(model)}, which does not take "
+            f"three arguments ({error}). A function of two becomes one with `lambda x, sigma, cond=None: f(x, sigma)`."
+        ) from None
+    except ValueError:  # callables written in C may have no signature; the call will tell
+        pass
+
+
 def as_denoiser(model: Callable) -> Denoiser:
     """A denoiser from any callable of its signature; denoisers pass.
 
@@ -188,7 +205,7 @@ def as_denoiser(model: Callable) -> Denoiser:
         A denoiser.
 
     Raises:
-        TypeError: if `model` cannot be called with three arguments.
+        TypeError: if `model` cannot be called.
 
     Example:
         >>> import jax.numpy as jnp
@@ -204,13 +221,4 @@ def as_denoiser(model: Callable) -> Denoiser:
             f"`denoiser` must be a callable (x, sigma, cond=None) -> x0; got {describe(model)}. "
             "A trained model is in `fitted.ema` or `fitted.model`."
         )
-    try:
-        inspect.signature(model).bind(None, None, None)
-    except TypeError as error:
-        raise TypeError(
-            f"`denoiser` must be a callable (x, sigma, cond=None) -> x0; got {describe(model)}, which does not take "
-            f"three arguments ({error}). A function of two becomes one with `lambda x, sigma, cond=None: f(x, sigma)`."
-        ) from None
-    except ValueError:  # callables written in C may have no signature; the call will tell
-        pass
     return CallableDenoiser(model)

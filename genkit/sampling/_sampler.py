@@ -15,6 +15,7 @@ from jaxtyping import Array, ArrayLike, Float, Inexact, Key, PyTree
 from genkit._core._checks import check, check_choice, describe
 from genkit._core._fields import fact_of
 from genkit._core._known import is_known
+from genkit.sampling._denoiser import check_signature
 from genkit.sampling._draws import Draws
 from genkit.sampling._guidance import Guidance, Unguided
 from genkit.sampling._guided import compares_with_absence
@@ -157,6 +158,7 @@ class Sampler(AbstractSampler):
         trajectory: bool = False,
     ) -> Draws:
         """Draw one example per key; see `AbstractSampler.draw`."""
+        check_signature(model)
         hooks = collect_hooks(self.guidance)
         _check_condition(hooks, cond)
         whole = len(keys) % self.block_size == 0
