@@ -86,13 +86,14 @@ def test_auto_encoder_runs_unchanged():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*k-hat:UserWarning")
 def test_attend_infer_repeat_runs_unchanged():
-    """Its coins are discrete, which chains refuse by name; given the count they run, and bounds need no such help."""
+    """Its coins are discrete: chains sum them out, or refuse them by name; bounds need no such help."""
     air = load("air")
     net, image = air.AIR(jax.random.key(2)), air.pictures(jax.random.key(0), 1)[0][0]
     problem = gk.Problem(net.model, (image,))
     run_bounds(problem, net.guide, optax.adam(1e-3), num_particles=2)
     with pytest.raises(ValueError, match="'present0'"):
-        run_chains(problem)
+        gk.infer(problem, gk.mcmc.NUTS(10, 10, marginalize=False), key=jax.random.key(0))
+    run_chains(problem)
     one_digit = numpyro.handlers.condition(net.model, {"present0": jnp.array(1), "present1": jnp.array(0)})
     run_chains(gk.Problem(one_digit, (image,)))
 

@@ -220,8 +220,10 @@ class Measurement(AbstractDelegatingDenoiser):
             if got != expected:
                 raise ValueError(f"`operator` must be a matrix {expected}, from one example to `y`; got shape {got}.")
             return
+        operator = self.operator
         try:
-            made = jax.eval_shape(lambda x: self.operator(x), x)
+            # A function made here: JAX would compare an operator such as `Partial` by value.
+            made = jax.eval_shape(lambda x: operator(x), x)
         except TypeError as error:
             raise ValueError(f"`operator` must apply to one example of shape {x.shape}; it raised: {error}") from error
         shapes = [leaf.shape for leaf in jax.tree.leaves(made)]
