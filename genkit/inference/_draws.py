@@ -13,12 +13,9 @@ import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array, ArrayLike, Float, Key, PyTree
 
+from genkit.inference._chunks import in_chunks
 from genkit.inference._problem import Problem
 from genkit.inference._traced import ConstantProblem, TracedProblem
-
-
-# A chunk of draws may produce this much, so that the device never holds all of a long run at once.
-_CHUNK_BYTES = 64 * 2**20
 
 
 class Jobs(NamedTuple):
@@ -266,9 +263,11 @@ def describe_draws(
     count = 1
     if values:
         count = jax.tree.leaves(values)[0].shape[0]
-    if batch_size is None:
-        batch_size = max(1, _CHUNK_BYTES // max(sizes, 1))
-    run = functools.partial(_in_chunks, data, values, fixed, jr.split(key, count), min(batch_size, count))
+    keys = jr.split(key, count)
+
+    def run(names: tuple[str, ...]) -> dict[str, PyTree]:
+        return in_chunks(functools.partial(_run_jobs, names, data, fixed), values, keys, sizes, batch_size)
+
     if not names:
         return {}, failures
     try:
@@ -281,29 +280,6 @@ def describe_draws(
             except Exception as error:
                 failures[name] = f"{type(error).__name__}: {error}"
         return facts, failures
-
-
-def _in_chunks(
-    data: TracedProblem | ConstantProblem,
-    values: dict[str, PyTree],
-    fixed: dict[str, PyTree],
-    keys: Key[Array, " n"],
-    batch_size: int,
-    names: tuple[str, ...],
-) -> dict[str, PyTree]:
-    """Run jobs chunk by chunk, keeping only NumPy arrays of the chunks that are done."""
-    count = keys.shape[0]
-    parts = []
-    for start in range(0, count, batch_size):
-        # The last chunk is moved back to full length, so that there is one shape and one compilation.
-        first = max(0, min(start, count - batch_size))
-        rows = slice(first, first + batch_size)
-        part = _run_jobs(names, data, fixed, jax.tree.map(lambda x, rows=rows: x[rows], values), keys[rows])
-        fresh = start - first
-        parts.append(jax.tree.map(lambda x, fresh=fresh: np.asarray(x)[fresh:], jax.device_get(part)))
-    if len(parts) == 1:
-        return parts[0]
-    return jax.tree.map(lambda *chunks: np.concatenate(chunks), *parts)
 
 
 class ModelFacts(NamedTuple):

@@ -134,7 +134,10 @@ def _checked(name: str, mask: np.ndarray, fn: dist.Distribution, value: Array) -
             f"The mask of site {name!r} must tell whole vectors apart, shape {batch}; got {mask.shape}: vectors of "
             f"{type(fn).__name__} that are partly missing. Mask the whole vector, or write its entries as sites."
         )
-    raise ValueError(f"The mask of site {name!r} must have the shape {batch} of its members; got {mask.shape}.")
+    raise ValueError(
+        f"The mask of site {name!r} must have the shape {batch} of its members; got {mask.shape}. A step of a loop "
+        "that was not observed is left out in the body: `numpyro.sample(name, distribution.mask(seen), obs=...)`."
+    )
 
 
 class MissingEntries(dist.Distribution):

@@ -12,9 +12,7 @@ import numpyro
 from jaxtyping import Array, Key, PyTree
 from numpyro.primitives import Messenger
 
-
-# Draws made in one compiled call may produce this much.
-_CHUNK_BYTES = 64 * 2**20
+from genkit.inference._chunks import in_chunks
 
 
 class _Reuse(Messenger):
@@ -177,14 +175,4 @@ def draw_predictions(
                 "for the observations (`predict(x_new, None, key=key)`)."
             )
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
-        if batch_size is None:
-            batch_size = max(1, _CHUNK_BYTES // max(size, 1))
-        run = eqx.filter_jit(jax.vmap(one))
-        parts = []
-        for start in range(0, count, min(batch_size, count)):
-            # The last chunk is moved back to full length, so that there is one shape and one compilation.
-            first = max(0, min(start, count - batch_size))
-            rows = slice(first, first + batch_size)
-            part = jax.device_get(run(jax.tree.map(lambda x, rows=rows: x[rows], values), keys[rows]))
-            parts.append(jax.tree.map(lambda x, skip=start - first: x[skip:], part))
-    return jax.tree.map(lambda *chunks: np.concatenate(chunks), *parts)
+        return in_chunks(eqx.filter_jit(jax.vmap(one)), values, keys, size, batch_size)

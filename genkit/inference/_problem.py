@@ -140,15 +140,15 @@ def discrete_sites(problem: Problem) -> list[str]:
 
     def run() -> None:
         start = numpyro.handlers.substitute(problem.model, substitute_fn=improper_start)
-        with numpyro.handlers.trace() as trace, numpyro.handlers.seed(rng_seed=0):
+        with numpyro.handlers.block(), numpyro.handlers.trace() as trace, numpyro.handlers.seed(rng_seed=0):
             start(*problem.args, **problem.kwargs)
         for name, site in trace.items():
             if site["type"] == "sample" and not site["is_observed"] and site["fn"].support.is_discrete:
                 names.append(name)
 
     try:
-        with numpyro.handlers.block(), jax.debug_key_reuse(False):  # numpyro's handlers split one key several times
-            run()
+        with jax.debug_key_reuse(False):  # numpyro's handlers split one key several times
+            jax.eval_shape(run)  # names need no values: nothing is computed
     except Exception:  # a wrong model is told by the method, in its own words
         return []
     return names

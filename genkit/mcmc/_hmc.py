@@ -1,5 +1,6 @@
 """Hamiltonian Monte Carlo through numpyro."""
 
+import abc
 from collections.abc import Callable
 
 import equinox as eqx
@@ -33,9 +34,9 @@ class AbstractHamiltonian(eqx.Module):
         check_count("num_chains", self.num_chains)
         check_interval("target_accept", self.target_accept, 0, 1, open_lo=True, open_hi=True)
 
+    @abc.abstractmethod
     def kernel(self, model: Callable) -> _HMC:
         """The numpyro kernel of a model."""
-        raise NotImplementedError
 
     def facts(self, state: HMCState) -> dict[str, Array]:
         """Facts of the last transition, under ArviZ's names.

@@ -7,6 +7,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from numpyro.contrib.control_flow import scan
 from numpyro.handlers import seed, trace
 from numpyro.infer.util import log_density
 
@@ -104,3 +105,33 @@ def test_masked_arrays_say_what_is_missing():
     masked = np.ma.masked_array([1, 0, 1], mask=[False, True, False])
     (stored,) = gk.vi.impute(regression, {"x": masked}).masks  # pyright: ignore[reportFunctionMemberAccess]
     assert stored[0] == "x" and np.frombuffer(stored[2], bool).tolist() == [True, False, True]
+
+
+def test_gaps_in_a_loop():
+    """numpyro's chains see the stacked site; programs see single steps, and say what to do."""
+
+    def model(y):
+        def step(x, y):
+            x = numpyro.sample("x", dist.Normal(x, 1.0))
+            numpyro.sample("y", dist.Normal(x, 0.5), obs=y)
+            return x, None
+
+        scan(step, 0.0, y)
+
+    problem = gk.Problem(model, (np.array([0.1, np.nan, 0.4]),))
+    with pytest.warns(UserWarning, match="'y' .1 of 3"):
+        result = gk.infer(problem, gk.mcmc.NUTS(300, 1500, num_chains=2), key=jr.key(0))
+    # Steps of variance 1 from 0, seen at 1 and 3 with variance 1/4.
+    prior = np.array([[1.0, 1.0, 1.0], [1.0, 2.0, 2.0], [1.0, 2.0, 3.0]])
+    seen = [0, 2]
+    gain = prior[:, seen] @ np.linalg.inv(prior[np.ix_(seen, seen)] + 0.25 * np.eye(2))
+    mean = gain @ [0.1, 0.4]
+    sd = np.sqrt(np.diag(prior - gain @ prior[seen]))
+    x = result.samples["x"].reshape(-1, 3)
+    assert np.all(np.abs(x.mean(0) - mean) < 0.12 * sd) and np.all(np.abs(x.std(0) / sd - 1) < 0.1)
+    assert abs(result.samples["y_missing"].std() - np.hypot(sd[1], 0.5)) < 0.1
+    with (
+        pytest.warns(UserWarning, match="missing values"),
+        pytest.raises(ValueError, match=r"mask of site 'y'.*mask\(seen\)"),
+    ):
+        gk.infer(problem, gk.vi.Fit(num_steps=10), key=jr.key(0))

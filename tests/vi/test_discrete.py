@@ -233,6 +233,41 @@ def local_in_loop(y):
     scan(step, 1, y)
 
 
+def beside_the_chain(y):
+    """A site of every step that does not meet the chain, in the first step neither."""
+
+    def step(z, y):
+        z = numpyro.sample("z", dist.Categorical(jnp.asarray(A)[z]))
+        emit("y", z, y)
+        b = numpyro.sample("b", dist.Bernoulli(0.3))
+        numpyro.sample("x", dist.Normal(2.0 * b, 0.7), obs=-y)
+        return z, None
+
+    scan(step, 1, y)
+
+
+def named_like_steps(y):
+    """Names that look as if they were made by a loop."""
+    z = 0
+    for t in range(3):
+        z = numpyro.sample(f"z[{t}]", dist.Categorical(jnp.asarray(A)[z]))
+        emit(f"y[{t}]", z, y[t])
+
+
+def uniform(y):
+    """Densities that do not look at the value, in a plate and in a loop."""
+    with numpyro.plate("n", 3):
+        u = numpyro.sample("u", dist.DiscreteUniform(0, 2))
+        numpyro.sample("x", dist.Normal(1.0 * u, 0.7), obs=y)
+
+    def step(carry, y):
+        z = numpyro.sample("z", dist.DiscreteUniform(0, 1))
+        numpyro.sample("y", dist.Normal(2.0 * z, 0.7), obs=y)
+        return carry, None
+
+    scan(step, 0, y)
+
+
 def apart_in_loop(y):
     def step(carry, y):
         z = numpyro.sample("z", dist.Bernoulli(0.3))
@@ -269,6 +304,9 @@ CASES = {
     "factorial": (factorial, dict.fromkeys("abc", (BITS, (3,))), {}, Y[:3]),
     "a plate of chains": (plate_of_chains, {"z": (BITS, (3, 2))}, {}, Y.reshape(3, 2)),
     "local in a loop": (local_in_loop, {"z": (BITS, (2,)), "c": (BITS, (2, 2))}, {}, Y[:4].reshape(2, 2)),
+    "beside the chain": (beside_the_chain, {"z": (BITS, (3,)), "b": (BITS, (3,))}, {}, Y[:3]),
+    "named like steps": (named_like_steps, {f"z[{t}]": (BITS, ()) for t in range(3)}, {}, Y[:3]),
+    "uniform": (uniform, {"u": ([0, 1, 2], (3,)), "z": (BITS, (3,))}, {}, Y[:3]),
     "apart in a loop": (apart_in_loop, {"z": (BITS, (4,))}, {}, Y[:4]),
     "switched, backward": (switched, {"s": (BITS, ()), "z": (BITS, (4,))}, {}, Y[:4]),
 }
@@ -281,7 +319,10 @@ def test_the_sum_over_all_joint_values(case):
     np.testing.assert_allclose(density(vi.marginalize(model), values, y), expected, rtol=1e-10)
 
 
-@pytest.mark.parametrize("case", ["nested plates", "local in a loop", "a plate of chains", "second order"])
+@pytest.mark.parametrize(
+    "case",
+    ["nested plates", "local in a loop", "a plate of chains", "second order", "beside the chain", "named like steps"],
+)
 def test_drawn_states_have_their_frequencies(case):
     """Every joint value against its exact probability; the sum of all is the density."""
     model, sites, values, y = CASES[case]
@@ -304,7 +345,14 @@ def test_drawn_states_have_their_frequencies(case):
         assert abs(-times / count - p) < 5.0 * np.sqrt(p * (1 - p) / count)
 
 
-def test_masked_members_contribute_nothing():
+def masked_inside(y):
+    seen = np.array([True, False, True])
+    z = numpyro.sample("z", dist.Bernoulli(np.array([0.2, 0.5, 0.7])).mask(seen).to_event(1))
+    numpyro.sample("y", dist.Normal(1.0 * z, 0.5).mask(seen).to_event(1), obs=y)
+
+
+@pytest.mark.parametrize("masked", [masked, masked_inside])
+def test_masked_members_contribute_nothing(masked):
     expected = by_enumeration(masked, {"z": (BITS, (3,))}, {}, Y[:3]) - np.log(2)  # the masked member's two outcomes
     np.testing.assert_allclose(density(vi.marginalize(masked), {}, Y[:3]), expected, rtol=1e-10)
 
@@ -387,6 +435,37 @@ def test_a_value_put_inside_is_not_summed():
     inside = vi.marginalize(substitute(mixture, data={"z": np.array([1, 1, 1, 0, 0, 1])}))
     whole = density(mixture, {"w": 0.4, "z": np.array([1, 1, 1, 0, 0, 1])}, Y)
     np.testing.assert_allclose(density(inside, {"w": 0.4}, Y), whole, rtol=1e-10)
+    # One of two sites: the other is summed all the same.
+    half = vi.marginalize(substitute(two_in_a_plate, data={"a": np.array([0, 2, 1])}))
+    fixed = substitute(two_in_a_plate, data={"a": np.array([0, 2, 1])})
+    expected = by_enumeration(fixed, {"b": (BITS, (3,))}, {}, Y[:3])
+    np.testing.assert_allclose(density(half, {}, Y[:3]), expected, rtol=1e-10)
+
+
+def test_what_cannot_be_summed_is_refused():
+    def weighed(y):
+        with numpyro.plate("n", 3), scale(scale=np.array([1.0, 2.0, 0.5])):
+            z = numpyro.sample("z", dist.Bernoulli(0.3))
+            numpyro.sample("y", dist.Normal(2.0 * z, 0.7), obs=y)
+
+    with pytest.raises(ValueError, match=r"scale of site.*\(3,\)"):
+        density(vi.marginalize(weighed), {}, Y[:3])
+
+    def loop_in_loop(y):
+        def step(total, y):
+            z = numpyro.sample("z", dist.Bernoulli(0.4))
+
+            def inner(carry, y):
+                numpyro.sample("y", dist.Normal(1.0 * carry, 0.6), obs=y)
+                return carry, None
+
+            scan(inner, total + z, y)
+            return total + z, None
+
+        scan(step, 0, y)
+
+    with pytest.raises(ValueError, match="loop inside a loop that is written out"):
+        density(vi.marginalize(loop_in_loop), {}, Y.reshape(3, 2))
 
 
 MODELS = Path(__file__).parents[2] / "models"

@@ -138,7 +138,6 @@ class Link:
         graph = build_graph(
             trace_costs(lambda values: chain.counted(costs(values)), references),
             specs,
-            {},
             chain.scales,
             max_paths=settings.max_paths,
             same=[(name, name.removesuffix(_BEFORE)) for name in before],
@@ -220,7 +219,7 @@ class Chain:
         before = {name + _BEFORE: references[name] for name in self.carried}
         costs = trace_costs(lambda values: self.later(init, step, step)(values), {**references, **before})
         reads = reads_of(costs, [*references, *before])
-        self.tainted = frozenset(name for name, found in reads.items() if found) | self.facts.forced
+        self.tainted = frozenset(name for name, found in reads.items() if found) | self.facts.forced | set(self.specs)
 
     def first(self, init: PyTree, step: Slices) -> Callable[[dict[str, Array]], dict[str, Array]]:
         """The costs of the first step."""
@@ -255,14 +254,14 @@ def sum_chain(
 
     last, (carries, ys, costs) = jax.lax.scan(reference_step, init, steps, body.length)
     chain.find_tainted(init, steps.at(0))
-    for name, cost in costs.items():
-        if name not in chain.tainted:
-            world.found.costs[name] = cost
-            world.found.scales[name] = facts.scales[name]
     try:
         draws = _sum(chain, init, carries, steps)
     except WidthError:
         return None
+    for name, cost in costs.items():
+        if name not in chain.tainted:
+            world.found.costs[name] = cost
+            world.found.scales[name] = facts.scales[name]
     last, ys = _marked(world, body.name, carried, last, ys)
     return last, ys, draws
 

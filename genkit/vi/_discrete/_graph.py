@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
-from jaxtyping import Array, ArrayLike, Int, PyTree
+from jaxtyping import Array, ArrayLike, Int
 
 from genkit.vi._discrete._elimination import Factor, Variable, WidthError
 from genkit.vi._objectives._lanes import MIXED, trace_reads
@@ -24,10 +24,12 @@ class Spec(NamedTuple):
     Attributes:
         support: the outcomes of one lane, (K,).
         shape: the shape of its value, every entry one lane.
+        is_ragged: True if some lanes may have fewer outcomes.
     """
 
     support: np.ndarray
     shape: tuple[int, ...]
+    is_ragged: bool
 
     @property
     def reference(self) -> Array:
@@ -112,7 +114,6 @@ def reads_of(costs: Costs, inputs: Sequence[str]) -> dict[str, set[str]]:
 def build_graph(
     costs: Costs,
     specs: Mapping[str, Spec],
-    values: Mapping[str, PyTree],
     scales: Mapping[str, ArrayLike | None],
     *,
     max_paths: int,
@@ -124,7 +125,6 @@ def build_graph(
     Args:
         costs: the traced log-densities.
         specs: the discrete sites among the inputs.
-        values: values of the other inputs.
         scales: of each site, None for one.
         max_paths: joint outcomes that one site may have.
         same: pairs of sites whose lanes are the same (a carried value before and after a step).
@@ -135,6 +135,7 @@ def build_graph(
 
     Raises:
         WidthError: if the members of a site meet and have too many joint outcomes.
+        ValueError: for a scale that is no single number.
     """
     reads, places = _places(costs, specs)
     joint = _joint_axes(reads, places, specs, same, joint or {})
@@ -157,13 +158,14 @@ def build_graph(
         lanes = tuple(lane(("site", name, axis)) for axis in apart)
         variables[name] = Variable(len(outcomes[name]), lanes, scales.get(name))
     graph = Graph([], variables, outcomes, joint, specs, {})
-    everything = {**values, **{name: spec.reference for name, spec in specs.items()}}
+    references = {name: spec.reference for name, spec in specs.items()}
     scopes: dict[tuple[str, ...], list[str]] = {}
     for site, names in reads.items():
         if names:
+            _check_scale(site, scales.get(site))
             scopes.setdefault(tuple(sorted(names)), []).append(site)
     for scope, sites in scopes.items():
-        tables = _tables(costs.evaluate(sites), graph, scope, everything)
+        tables = _tables(costs.evaluate(sites), graph, scope, references)
         for site, table in zip(sites, tables, strict=True):
             shape = table.shape[len(scope) :]
             graph.lanes[site] = {axis: lane(("cost", site, axis)) for axis, size in enumerate(shape) if size > 1}
@@ -185,6 +187,11 @@ def _places(costs: Costs, specs: Mapping[str, Spec]) -> tuple[dict[str, set[str]
         for site, found in zip(costs.names, trace_reads(costs.closed.jaxpr, start), strict=True):
             for name, place in found.items():
                 places[site, name, axis] = place
+    for name, spec in specs.items():
+        # The density of a uniform site is the same for all outcomes, and does not look at them.
+        if name in reads and name not in reads[name]:
+            reads[name].add(name)
+            places.update({(name, name, axis): axis for axis in range(len(spec.shape))})
     return reads, places
 
 
@@ -221,11 +228,19 @@ def _outcomes(name: str, spec: Spec, joint: tuple[int, ...], max_paths: int) -> 
     return spec.support[index].reshape(count, *shape)
 
 
+def _check_scale(site: str, scale: ArrayLike | None) -> None:
+    if scale is not None and np.ndim(scale) > 0:
+        raise ValueError(
+            f"The scale of site {site!r} must be one number where it depends on a discrete site that is summed out; "
+            f"got an array of shape {np.shape(scale)}. Weigh members by hand, with `numpyro.factor`."
+        )
+
+
 def _tables(
     fn: Callable[[Mapping[str, Array]], list[Array]],
     graph: Graph,
     scope: tuple[str, ...],
-    values: Mapping[str, PyTree],
+    values: Mapping[str, Array],
 ) -> list[Array]:
     """Log-densities at all outcomes of the sites in `scope`, whole plates set to one outcome at a time."""
 

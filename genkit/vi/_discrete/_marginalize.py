@@ -11,9 +11,9 @@ import numpyro
 from jaxtyping import Array, Key, PyTree
 
 from genkit._core._checks import check, check_count, check_key, describe, describe_type
-from genkit.inference import Posterior, Problem, trace_at
+from genkit.inference import Posterior, Problem, discrete_sites, trace_at
 from genkit.vi._discrete._chain import sum_chain
-from genkit.vi._discrete._elimination import Factor, WidthError, aligned, draw_states, eliminate
+from genkit.vi._discrete._elimination import Factor, Step, WidthError, aligned, draw_states, eliminate
 from genkit.vi._discrete._graph import Costs, Graph, build_graph, reads_of, trace_costs
 from genkit.vi._discrete._visible import SummedOut, Visible, key_at_hand
 from genkit.vi._discrete._world import Found, Given, Settings, run_world
@@ -67,7 +67,7 @@ class _Run:
         visible = Visible(self.settings, self.tainted)
         with visible:
             result = self.call()
-        graph, factors, steps = self.sums(visible.given)
+        graph, factors, steps = self.sums(plan, visible.given)
         self.publish(visible, graph, factors)
         key = key_at_hand()
         if key is not None and current_frame() is None:
@@ -78,7 +78,7 @@ class _Run:
     def plan(self) -> Found:
         """Find what there is to sum out, and the sites whose densities change with it."""
         while True:
-            found = self.abstract({})
+            found = self.abstract()
             references = {name: spec.reference for name, spec in found.specs.items()}
             tokens = {name: jnp.zeros(()) for name in found.tokens}
             traced, found = self.traced(None, references, tokens)
@@ -107,12 +107,12 @@ class _Run:
         found = trace_costs(costs, {**references, **tokens})
         return found, kept[-1]
 
-    def abstract(self, states: Mapping[str, Array]) -> Found:
+    def abstract(self) -> Found:
         """A run for shapes only."""
         kept: list[Found] = []
 
         def run() -> None:
-            kept.append(run_world(self.call, self.settings, None, states))
+            kept.append(run_world(self.call, self.settings, None, {}))
 
         jax.eval_shape(run)
         return kept[-1]
@@ -127,14 +127,13 @@ class _Run:
                 f"{', '.join(sorted(known)) or 'none'})."
             )
 
-    def sums(self, given: Given) -> tuple[Graph, list[Factor], list]:
+    def sums(self, plan: Found, given: Given) -> tuple[Graph, list[Factor], list[Step]]:
         """Sum out the discrete sites at given values of the others."""
-        found = self.abstract({})
-        references = {name: spec.reference for name, spec in found.specs.items()}
+        references = {name: spec.reference for name, spec in plan.specs.items()}
         traced, found = self.traced(given, references, {})
         max_paths = self.settings.max_paths
         try:
-            graph = build_graph(traced, found.specs, {}, found.scales, max_paths=max_paths)
+            graph = build_graph(traced, found.specs, found.scales, max_paths=max_paths)
             factors, steps = eliminate(
                 graph.factors, graph.variables, max_paths=max_paths, is_mode=self.settings.is_mode
             )
@@ -151,38 +150,35 @@ class _Run:
         ]
         return graph, named, steps
 
-    def draws(self, given: Given, graph: Graph, steps: list, key: Key[Array, ""]) -> dict[str, Array]:
+    def draws(self, given: Given, graph: Graph, steps: list[Step], key: Key[Array, ""]) -> dict[str, Array]:
         """Values of the discrete sites, given everything else."""
         key_states, key_loops = jr.split(key)
         is_mode = self.settings.is_mode
         states = draw_states(steps, {}, graph.variables, key=None if is_mode else key_states)
         values = {name: graph.value_of(name, state) for name, state in states.items()}
-        for name, spec in graph.specs.items():
-            if name not in values:  # nothing reads it but itself, at a single state
-                values[name] = spec.reference
         found = run_world(self.call, self.settings, given, values, key=key_loops)
-        stacked: dict[str, Any] = {}
+        stacked: dict[str, Array] = {}
+        written: dict[str, dict[int, Array]] = {}
         for name, value in values.items():
-            site, _, step = name.partition("[")
-            if step:
-                stacked.setdefault(site, {})[int(step[:-1])] = value
+            if name in found.steps:
+                site, step = found.steps[name]
+                written.setdefault(site, {})[step] = value
             else:
-                stacked[site] = value
-        for site, parts in stacked.items():
-            if isinstance(parts, dict):
-                stacked[site] = jnp.stack([parts[step] for step in sorted(parts)])
+                stacked[name] = value
+        for site, parts in written.items():
+            stacked[site] = jnp.stack([parts[step] for step in sorted(parts)])
         return {**stacked, **found.draws}
 
     def publish(self, visible: "Visible", graph: Graph, factors: list[Factor]) -> None:
         """Show the observed sites, and the density of the sums: at the one site it belongs to, else as a factor."""
         attached: set[str] = set()
-        for factor in factors:
+        for number, factor in enumerate(factors):
             observed = [name for name in factor.sites if name in visible.observed]
             marginal = None
             if len(observed) == 1 and observed[0] not in attached:
                 marginal = _by_member(visible.observed[observed[0]], factor, graph)
             if marginal is None:
-                self.add_factor(factor, graph)
+                self.add_factor(number, factor)
                 continue
             attached.add(observed[0])
             visible.show(observed[0], SummedOut(visible.observed[observed[0]]["fn"], marginal), factor.scale)
@@ -190,12 +186,13 @@ class _Run:
             if name not in attached:
                 visible.show(name, msg["fn"].mask(False), msg["scale"])
 
-    def add_factor(self, factor: Factor, graph: Graph) -> None:
+    def add_factor(self, number: int, factor: Factor) -> None:
         """Add a density that belongs to no single site."""
         value = jnp.sum(factor.table)
         if factor.scale is not None:
             value = factor.scale * value
-        numpyro.factor("summed out: " + ", ".join(sorted(factor.sites)), value)
+        # Two sums may be over the same sites: the first step of a loop has one of its own.
+        numpyro.factor(f"sum {number} over " + ", ".join(sorted(factor.sites)), value)
 
 
 def _by_member(msg: dict, factor: Factor, graph: Graph) -> Array | None:
@@ -324,49 +321,14 @@ def infer_discrete(
     lead = len(posterior.dims)
     shape = jnp.shape(jax.tree.leaves(posterior.samples)[0])[:lead]
     flat = jax.tree.map(lambda x: jnp.reshape(x, (-1, *jnp.shape(x)[lead:])), posterior.samples)
-    names = _discrete_names(problem)
+    names = discrete_sites(Problem(base.model, args, kwargs))
     flat = {name: value for name, value in flat.items() if name not in names}
 
     def one(values: dict[str, PyTree], key: Key[Array, ""]) -> dict[str, Array]:
         trace = trace_at(problem, {**posterior.params, **values}, key=key)
-        return {name: trace[name]["value"] for name in names}
+        drawn = [name for name in names if name in trace and trace[name]["type"] == "deterministic"]
+        return {name: trace[name]["value"] for name in drawn}
 
     with jax.debug_key_reuse(False):  # numpyro's handlers split one key several times
         drawn = eqx.filter_jit(jax.vmap(one))(flat, jr.split(key, jax.tree.leaves(flat)[0].shape[0]))
     return jax.tree.map(lambda x: jnp.reshape(x, (*shape, *x.shape[1:])), drawn)
-
-
-def _discrete_names(problem: Problem) -> list[str]:
-    """The sites that a marginalized model sums out."""
-    marginal = problem.model
-    assert isinstance(marginal, Marginal)
-    run = _Run(marginal, lambda: marginal.model(*problem.args, **problem.kwargs))
-    found = run.plan()
-    run.check_names(found)
-    names = {name.partition("[")[0] for name in found.specs}
-    return sorted(names | _loop_sites(run))
-
-
-def _loop_sites(run: _Run) -> set[str]:
-    """Discrete sites in loops that are summed out inside."""
-    kept: list[Found] = []
-
-    def draw() -> None:
-        kept.append(run_world(run.call, run.settings, None, {}, key=jr.key(0)))
-
-    jax.eval_shape(draw)
-    return set(kept[-1].draws)
-
-
-def has_discrete(problem: Problem) -> bool:
-    """True for a model with discrete latent sites.
-
-    Args:
-        problem: model and data.
-
-    Returns:
-        Whether there is something to sum out.
-    """
-    run = _Run(Marginal(problem.model), lambda: problem.model(*problem.args, **problem.kwargs))
-    found = run.abstract({})
-    return bool(found.specs or found.loops)

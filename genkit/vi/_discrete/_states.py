@@ -10,7 +10,7 @@ import numpyro.distributions as dist
 from jaxtyping import Array, ArrayLike
 
 from genkit.vi._discrete._graph import Spec
-from genkit.vi._runtime._distributions import kind, lane_shape, lanes, mask_of
+from genkit.vi._runtime._distributions import is_everywhere, kind, lane_mask, lane_shape, lanes, unchecked
 
 
 _COUNTS = (dist.BinomialProbs, dist.BinomialLogits, dist.BetaBinomial)
@@ -38,7 +38,7 @@ def spec_of(name: str, distribution: dist.Distribution, bounds: Mapping[str, int
             "keep it latent with `sites=`."
         )
     if name in bounds:
-        return Spec(np.arange(bounds[name] + 1), lane_shape(distribution))
+        return Spec(np.arange(bounds[name] + 1), lane_shape(distribution), True)
     if isinstance(base, _COUNTS):
         try:
             largest = int(np.max(np.asarray(base.total_count)))
@@ -47,7 +47,7 @@ def spec_of(name: str, distribution: dist.Distribution, bounds: Mapping[str, int
                 f"{refused} its total count is only known at run time. Give its largest value, "
                 f"`marginalize(model, sites={{{name!r}: 20}})`."
             ) from error
-        return Spec(np.arange(largest + 1), lane_shape(distribution))
+        return Spec(np.arange(largest + 1), lane_shape(distribution), True)
     if not base.has_enumerate_support:
         raise ValueError(
             f"{refused} its support has no end. Give the largest value to sum over, "
@@ -61,10 +61,10 @@ def spec_of(name: str, distribution: dist.Distribution, bounds: Mapping[str, int
             f"{refused} its bounds are only known at run time. Make them Python numbers, or give the largest value, "
             f"`marginalize(model, sites={{{name!r}: 50}})`."
         ) from error
-    return Spec(support, lane_shape(distribution))
+    return Spec(support, lane_shape(distribution), False)
 
 
-def lane_costs(distribution: dist.Distribution, value: ArrayLike, support: np.ndarray | None) -> Array:
+def lane_costs(distribution: dist.Distribution, value: ArrayLike, spec: Spec | None) -> Array:
     """The log-density of every lane of a value, masks applied.
 
     A member that is masked away is not there: summed over, it contributes nothing, so each of its outcomes counts with
@@ -73,7 +73,7 @@ def lane_costs(distribution: dist.Distribution, value: ArrayLike, support: np.nd
     Args:
         distribution: of the site.
         value: its value.
-        support: the outcomes of a site that is summed out, else None.
+        spec: the outcomes of a site that is summed out, else None.
 
     Returns:
         An array of the shape of the value's lanes; for distributions over vectors, of the batch shape.
@@ -82,20 +82,21 @@ def lane_costs(distribution: dist.Distribution, value: ArrayLike, support: np.nd
     shape = lane_shape(distribution)
     if base.event_shape:
         shape = shape[: len(shape) - len(base.event_shape)]
-    mask = mask_of(distribution)
+    mask = lane_mask(distribution)
     value = jnp.asarray(value)
-    if support is not None:
-        # Lanes may have fewer outcomes than the longest: the others are impossible, and must not be evaluated.
+    # numpyro looks at every entry of a value whether it lies in the support, which costs more than its density.
+    if spec is not None or is_everywhere(distribution):
+        base = unchecked(base)
+    if spec is not None and spec.is_ragged:
+        # Outcomes that a lane does not have are impossible, and must not be evaluated.
         inside = base.support(value)
-        log_prob = jnp.where(inside, base.log_prob(jnp.where(inside, value, support[0])), -jnp.inf)
+        log_prob = jnp.where(inside, base.log_prob(jnp.where(inside, value, spec.support[0])), -jnp.inf)
     else:
         log_prob = base.log_prob(value)
     log_prob = jnp.broadcast_to(log_prob, jnp.broadcast_shapes(jnp.shape(log_prob), shape))
     if mask is None:
         return log_prob
-    missing = len(shape) - jnp.ndim(mask)
-    mask = jnp.reshape(mask, (*jnp.shape(mask), *(1,) * max(missing, 0)))
     rest = 0.0
-    if support is not None:
-        rest = -math.log(len(support))
+    if spec is not None:
+        rest = -math.log(len(spec.support))
     return jnp.where(mask, log_prob, rest)

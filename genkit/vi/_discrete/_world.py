@@ -79,6 +79,7 @@ class Found:
         forced: costs that count although they may read no discrete site.
         tokens: loops that hand out a value which depends on a discrete site inside.
         draws: values of discrete sites in loops.
+        steps: for each name made in a loop that is written out the site and the step.
     """
 
     costs: dict[str, Array] = dataclasses.field(default_factory=dict)
@@ -91,10 +92,13 @@ class Found:
     forced: set[str] = dataclasses.field(default_factory=set)
     tokens: set[str] = dataclasses.field(default_factory=set)
     draws: dict[str, Array] = dataclasses.field(default_factory=dict)
+    steps: dict[str, tuple[str, int]] = dataclasses.field(default_factory=dict)
 
     def sites(self, cost: str) -> frozenset[str]:
         """The model's sites behind a cost."""
-        return self.loops.get(cost, frozenset([cost.partition("[")[0]]))
+        if cost in self.steps:
+            return frozenset([self.steps[cost][0]])
+        return self.loops.get(cost, frozenset([cost]))
 
 
 class World(Messenger):
@@ -167,7 +171,10 @@ class World(Messenger):
 
     def _sample(self, msg: dict) -> None:
         site = msg["name"]
-        name = site if self.step is None else f"{site}[{self.step}]"
+        name = site
+        if self.step is not None:
+            name = f"<{site} at step {self.step}>"
+            self.found.steps[name] = (site, self.step)
         if name in self.found.costs:
             raise ValueError(f"`name` must be new at every site of a model; got {site!r} twice.")
         distribution = msg["fn"]
@@ -175,7 +182,7 @@ class World(Messenger):
         if sample_shape:
             distribution = distribution.expand(sample_shape + tuple(distribution.batch_shape))
             msg["kwargs"]["sample_shape"] = ()
-        support = None
+        spec = None
         if not msg["is_observed"] and distribution.support.is_discrete:
             self.found.discrete.add(site)
         if msg["is_observed"]:
@@ -183,18 +190,15 @@ class World(Messenger):
         elif msg["value"] is None and self.settings.sums_out(msg):
             spec = spec_of(site, distribution, self.settings.bounds)
             self.found.specs[name] = spec
-            support = spec.support
             msg["value"] = self.states.get(name, spec.reference)
-        else:
+        elif msg["value"] is None:  # else a handler inside the model has put it
             self.found.latent.add(site)
-            msg["value"] = self._value(site, msg["value"], distribution)
-        self.found.costs[name] = lane_costs(distribution, msg["value"], support)
+            msg["value"] = self._value(site, distribution)
+        self.found.costs[name] = lane_costs(distribution, msg["value"], spec)
         self.found.scales[name] = msg["scale"]
 
-    def _value(self, site: str, put: PyTree, distribution: dist.Distribution) -> PyTree:
+    def _value(self, site: str, distribution: dist.Distribution) -> PyTree:
         if self.given is None:
-            if put is not None:
-                return put
             # Nothing is computed from it: only its shape and kind matter.
             return jnp.zeros(distribution.shape(), int if distribution.support.is_discrete else float)
         value = self.given.values[site]
@@ -202,7 +206,14 @@ class World(Messenger):
 
     def loop(self, f: Callable, init: PyTree, xs: PyTree, length: int | None, reverse: bool) -> tuple[PyTree, PyTree]:
         """Run a loop; discrete sites inside are summed out."""
-        name = f"{self.path}loop{self.num_loops}"
+        name = f"{self.path}<loop {self.num_loops}>"
+        if self.step is not None:
+            raise ValueError(
+                "`model` must not hold a loop inside a loop that is written out, because its carry says more of the "
+                "discrete sites than their last state; got one in "
+                f"{self.path or 'the model'}. Let the carry of the outer loop be the last state alone, or write the "
+                "inner loop with a plate."
+            )
         self.num_loops += 1
         if length is None:
             length = jax.tree.leaves(xs)[0].shape[0]
@@ -251,11 +262,6 @@ class World(Messenger):
     @contextmanager
     def at_step(self, step: int) -> Iterator[None]:
         """Name sites after a step of a loop that is written out."""
-        if self.step is not None:
-            raise ValueError(
-                f"`model` must not nest loops whose discrete sites depend on more than the step before; got one at "
-                f"{self.path or 'the top'}. Write the inner loop so that its carry is the state alone."
-            )
         self.step = step
         try:
             yield

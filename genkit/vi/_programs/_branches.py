@@ -117,7 +117,7 @@ def answer_control_flow(msg: dict) -> None:
     A message is known by the names of its arguments, which are those of numpyro's public functions.
 
     Raises:
-        NotImplementedError: for control flow of another kind.
+        RuntimeError: for control flow of another kind.
     """
     args = msg["args"]
     names = _argument_names(msg["fn"], len(args))
@@ -128,7 +128,7 @@ def answer_control_flow(msg: dict) -> None:
     elif len(args) == 4 and names == _argument_names(numpyro_cond, 4):
         msg["value"] = (cond(*args), PytreeTrace({}))
     else:
-        raise NotImplementedError(
+        raise RuntimeError(
             f"Control flow inside a program must be numpyro's `scan` or `cond`, or gk.vi.scan, vmap or cond; got a "
             f"message with the arguments {names}, which this version of genkit does not know."
         )

@@ -4,7 +4,7 @@ Three ways to look through the wrappers `mask`, `expand` and `to_event`, and no 
 
 - `unmask`: what is really drawn. Shapes stay; only masks go.
 - `lanes`: the elementary distribution. All wrappers go; its parameters broadcast to the lanes.
-- `mask_of`: the masks alone, for those who count a density (or a KL) that `unmask` has freed of them.
+- `lane_mask`: the masks alone, lane by lane, for those who count a density that `lanes` has freed of them.
 """
 
 import copy
@@ -30,24 +30,6 @@ def unmask(distribution: dist.Distribution) -> dist.Distribution:
     if isinstance(distribution, dist.Independent):
         return inner.to_event(distribution.reinterpreted_batch_ndims)
     return inner.expand(distribution.batch_shape)
-
-
-def mask_of(distribution: dist.Distribution) -> Array | None:
-    """The product of all masks, of the distribution's batch shape, or None without any.
-
-    Raises:
-        NotImplementedError: for a mask inside `to_event`, which has no counterpart in the batch shape.
-    """
-    if isinstance(distribution, dist.MaskedDistribution):
-        own = jnp.broadcast_to(distribution._mask, distribution.batch_shape)
-        inner = mask_of(distribution.base_dist)
-        return own if inner is None else own & inner
-    if isinstance(distribution, dist.ExpandedDistribution):
-        inner = mask_of(distribution.base_dist)
-        return None if inner is None else jnp.broadcast_to(inner, distribution.batch_shape)
-    if isinstance(distribution, dist.Independent) and mask_of(distribution.base_dist) is not None:
-        raise NotImplementedError("A mask inside `to_event` cannot be told apart by batch members.")
-    return None
 
 
 def unchecked(distribution: dist.Distribution) -> dist.Distribution:
@@ -97,6 +79,20 @@ def lanes(distribution: dist.Distribution) -> dist.Distribution:
     while isinstance(distribution, _WRAPPERS):
         distribution = distribution.base_dist
     return distribution
+
+
+def lane_mask(distribution: dist.Distribution) -> Array | None:
+    """The product of all masks, inside `to_event` and out, broadcastable to the lanes; None without any."""
+    mask = None
+    inner = distribution
+    while isinstance(inner, _WRAPPERS):
+        if isinstance(inner, dist.MaskedDistribution):
+            # Dimensions that `to_event` has made of the batch are lanes; those of the elementary event are not.
+            added = inner.event_dim - lanes(inner).event_dim
+            own = jnp.broadcast_to(inner._mask, inner.batch_shape).reshape(*inner.batch_shape, *(1,) * added)
+            mask = own if mask is None else mask & own
+        inner = inner.base_dist
+    return mask
 
 
 def lane_shape(distribution: dist.Distribution) -> tuple[int, ...]:
